@@ -1,0 +1,51 @@
+"""What command-line tools share: how a refusal is printed and how progress is shown."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+
+def fail(message: str) -> None:
+    """Print ``error: message`` as one line on standard error."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """Print one line of a tool's result on standard output."""
+    print(message, flush=True)
+
+
+def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a tool's ``main(argv)`` and exit as the project promises.
+
+    Exit code 0 when it is done, 2 with one line for a refused input, 130 when interrupted; any other
+    exception is a bug and keeps its traceback (exit code 1).
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as refusal:
+        fail(str(refusal))
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def progress(total: float | None, unit: str, description: str) -> "tqdm[NoReturn]":
+    """Return a progress bar with time left: a live bar on a terminal, a line every 10 seconds elsewhere."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        desc=description,
+        file=sys.stderr,
+        mininterval=0.1 if interactive else 10.0,
+        dynamic_ncols=interactive,
+        ascii=not interactive,
+    )
