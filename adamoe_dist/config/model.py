@@ -1,0 +1,34 @@
+"""Section ``model``: the transformer around the experts."""
+
+from dataclasses import dataclass
+
+from adamoe_dist.config.fields import key
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A decoder with rotary positions, RMSNorm, grouped-query attention and SwiGLU feed-forward layers."""
+
+    num_layers: int = key(4, "Number of transformer layers.", at_least=1)
+    hidden_size: int = key(128, "Width H of the residual stream.", at_least=1)
+    num_attention_heads: int = key(4, "Number of query heads; must divide hidden_size.", at_least=1)
+    num_query_groups: int | None = key(
+        None,
+        "Number of key/value heads (grouped-query attention); null means num_attention_heads.",
+        at_least=1,
+    )
+    sequence_length: int = key(128, "Tokens a sample (the training context).", at_least=1)
+    ffn_hidden_size: int | None = key(
+        None,
+        "Inner width of the dense feed-forward layers (moe.layer_frequency > 1); null means 4 x hidden_size.",
+        at_least=1,
+    )
+    rotary_base: int = key(10000, "Base of the rotary position angles.", at_least=1)
+    norm_epsilon: float = key(1e-5, "Epsilon of RMSNorm.", above=0)
+    tie_embeddings: bool = key(False, "Use the input embedding as output layer too.")
+    init_std: float = key(0.02, "Standard deviation of the initial weights.", above=0)
+    vocab_size_multiple: int = key(
+        128,
+        "The tokenizer's vocabulary is padded to a multiple of this (aligned matrix products).",
+        at_least=1,
+    )

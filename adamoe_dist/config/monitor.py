@@ -1,0 +1,13 @@
+"""Section ``monitor``: what is reported."""
+
+from dataclasses import dataclass
+
+from adamoe_dist.config.fields import key
+
+
+@dataclass(kw_only=True)
+class MonitorConfig:
+    """Metrics and logs."""
+
+    log_interval: int = key(10, "Steps between two lines of metrics.", at_least=1)
+    tensorboard: bool = key(True, "Write TensorBoard files to <run.dir>/tensorboard.")

@@ -1,0 +1,29 @@
+"""Section ``train``: steps, batches, precision."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from adamoe_dist.config.fields import key
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = key(100, "Optimizer steps to run in all (resumed steps included).", at_least=1)
+    global_batch_size: int = key(16, "Samples an optimizer step over all ranks.", at_least=1)
+    micro_batch_size: int | Literal["auto"] = key(
+        "auto",
+        "Samples a rank puts through the model at once; auto: the largest divisor of the rank's share of at most "
+        "16384 tokens.",
+        at_least=1,
+    )
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto",
+        "fp32 or bf16 (fp32 masters, accumulation and gradient reduction); auto: bf16 on CUDA, fp32 on CPU.",
+    )
+    gradient_clipping: float = key(1.0, "Largest global gradient norm (0: no clipping).", at_least=0)
+    validation_interval: int | None = key(
+        None, "Validate every so many steps and at the end; null: only at the start and the end.", at_least=1
+    )
+    validation_samples: int | None = key(None, "Validation samples a pass at most; null: all.", at_least=1)

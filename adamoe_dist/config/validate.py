@@ -1,0 +1,235 @@
+"""Checks of the whole tree against itself and the world size, before anything is built."""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from adamoe_dist.config.load import refuse
+from adamoe_dist.config.tree import Config
+
+MICRO_BATCH_TOKENS = 16384
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "nothing: the training loop accumulates",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "optimizer.*",
+    "scheduler": "schedule.*",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.reduce_scatter": "nothing: expert gradients need it on",
+    "zero_optimization.contiguous_gradients": "nothing: expert gradients need it on",
+    "tensorboard": "monitor.tensorboard",
+    "steps_per_print": "monitor.log_interval",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What follows from the tree and the world size."""
+
+    world_size: int
+    data_parallel: int
+    expert_parallel: int
+    expert_data_parallel: int
+    micro_batch_size: int
+    micro_batches_per_rank: int
+    tokens_per_step: int
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of one step over all data-parallel ranks."""
+        return self.micro_batches_per_rank * self.data_parallel
+
+
+def resolve(config: Config, world_size: int) -> Resolved:
+    """Check the tree against itself and ``world_size`` and return the arithmetic.
+
+    Raises:
+        UserError: with every problem found, each with its key, its value and the way out.
+    """
+    problems: list[str] = []
+    _check_model(config, problems)
+    _check_moe(config, problems)
+    _check_data(config, problems)
+    _check_training(config, problems)
+    _check_deepspeed(config, problems)
+    data_parallel, expert_parallel = _check_degrees(config, world_size, problems)
+    micro_batch_size = _check_batch(config, data_parallel, problems)
+    refuse(problems)
+    return Resolved(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        expert_parallel=expert_parallel,
+        expert_data_parallel=data_parallel // expert_parallel,
+        micro_batch_size=micro_batch_size,
+        micro_batches_per_rank=config.train.global_batch_size // (micro_batch_size * data_parallel),
+        tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
+    )
+
+
+def _check_model(config: Config, problems: list[str]) -> None:
+    model = config.model
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        problems.append(
+            f"model.num_attention_heads={heads} does not divide model.hidden_size={model.hidden_size}; "
+            "change one of them"
+        )
+    elif (model.hidden_size // heads) % 2:
+        problems.append(
+            f"model.hidden_size={model.hidden_size} / model.num_attention_heads={heads} is an odd head width; "
+            "rotary positions need an even one"
+        )
+    groups = model.num_query_groups
+    if groups is not None and heads % groups:
+        problems.append(f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}")
+    if config.moe.layer_frequency > model.num_layers:
+        problems.append(
+            f"moe.layer_frequency={config.moe.layer_frequency} leaves no MoE layer in "
+            f"model.num_layers={model.num_layers}; lower it"
+        )
+
+
+def _check_moe(config: Config, problems: list[str]) -> None:
+    moe, router, balance = config.moe, config.moe.router, config.moe.router.balance
+    available = moe.num_experts + moe.num_null_experts
+    if moe.top_k > available:
+        problems.append(
+            f"moe.top_k={moe.top_k} is more than the {available} experts there are (moe.num_experts="
+            f"{moe.num_experts} + moe.num_null_experts={moe.num_null_experts}); lower it or add experts"
+        )
+    if router.type == "topk":
+        _check_baseline_router(config, problems)
+    if balance.type == "none" and balance.final_coefficient is not None:
+        problems.append(
+            f"moe.router.balance.final_coefficient={balance.final_coefficient} does nothing with "
+            "moe.router.balance.type=none; remove it or choose a balance loss"
+        )
+    if balance.anneal_steps is not None and balance.final_coefficient is None:
+        problems.append(
+            f"moe.router.balance.anneal_steps={balance.anneal_steps} does nothing without "
+            "moe.router.balance.final_coefficient; set both or neither"
+        )
+
+
+def _check_baseline_router(config: Config, problems: list[str]) -> None:
+    moe, router = config.moe, config.moe.router
+    if moe.num_null_experts:
+        problems.append(
+            f"moe.num_null_experts={moe.num_null_experts} needs moe.router.type=adamoe; Megatron's own router "
+            "(moe.router.type=topk) knows none: set it to 0"
+        )
+    if router.balance.type == "null_averaged":
+        problems.append(
+            "moe.router.balance.type=null_averaged is AdaMoE's loss; with moe.router.type=topk use switch or none"
+        )
+    if router.normalize == "all_selected":
+        problems.append(
+            "moe.router.normalize=all_selected differs from true_experts only with null experts; with "
+            "moe.router.type=topk use true_experts or none"
+        )
+
+
+def _check_data(config: Config, problems: list[str]) -> None:
+    data = config.data
+    if not data.tokenizer:
+        problems.append("data.tokenizer is empty; give the tokenizer directory that prepared the data")
+    if not data.train:
+        problems.append("data.train is empty; give a list of {path: PREFIX, weight: 1.0}")
+    for name in ("train", "validation"):
+        for number, entry in enumerate(getattr(data, name)):
+            problem = _data_entry_problem(entry)
+            if problem:
+                problems.append(f"data.{name}[{number}]={entry!r} {problem}")
+
+
+def _data_entry_problem(entry: dict[str, Any]) -> str | None:
+    unknown = set(entry) - {"path", "weight"}
+    weight = entry.get("weight", 1.0)
+    if unknown:
+        return f"has the unknown key {sorted(unknown)[0]}; known: path, weight"
+    if not isinstance(entry.get("path"), str) or not entry["path"]:
+        return "needs a path: the PREFIX given to tools/prepare_data.py with _train or _validation"
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        return f"has weight {weight!r}; it must be a positive number"
+    return None
+
+
+def _check_training(config: Config, problems: list[str]) -> None:
+    schedule, total = config.schedule, config.total_steps
+    if total < config.train.steps:
+        problems.append(
+            f"schedule.total_steps={total} is less than train.steps={config.train.steps}; raise it or lower train.steps"
+        )
+    if schedule.warmup_steps > total:
+        problems.append(
+            f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; lower it"
+        )
+    if config.optimizer.type == "sgd" and config.optimizer.implementation == "apex":
+        problems.append("optimizer.implementation=apex is for optimizer.type=adamw; with sgd use auto or torch")
+    if config.checkpoint.load_weights and config.checkpoint.resume != "none":
+        problems.append(
+            f"checkpoint.load_weights={config.checkpoint.load_weights} starts a new run but checkpoint.resume="
+            f"{config.checkpoint.resume} continues one; set one of them"
+        )
+
+
+def _check_deepspeed(config: Config, problems: list[str]) -> None:
+    extra = config.zero.deepspeed
+    paths = set(extra) | {
+        f"{name}.{inner}" for name, value in extra.items() if isinstance(value, dict) for inner in value
+    }
+    for path in sorted(paths & set(OWNED_DEEPSPEED_KEYS)):
+        problems.append(f"zero.deepspeed.{path} is set by {OWNED_DEEPSPEED_KEYS[path]}; remove it there")
+
+
+def _check_degrees(config: Config, world_size: int, problems: list[str]) -> tuple[int, int]:
+    """Return (data-parallel, expert-parallel) degrees; 1 where they cannot be had."""
+    parallel, experts = config.parallel, config.moe.num_experts
+    for name in ("tensor", "pipeline", "context", "expert_tensor"):
+        degree = getattr(parallel, name)
+        if degree != 1:
+            problems.append(
+                f"parallel.{name}={degree} is not supported by this version, which has data and expert parallelism; "
+                f"set parallel.{name}=1"
+            )
+    if parallel.expert == "auto":
+        return world_size, gcd(world_size, experts)
+    if experts % parallel.expert:
+        problems.append(
+            f"parallel.expert={parallel.expert} does not divide moe.num_experts={experts}; change one of them"
+        )
+    if world_size % parallel.expert:
+        problems.append(
+            f"parallel.expert={parallel.expert} does not divide the world size {world_size}: the degrees' product "
+            f"(expert {parallel.expert} x expert-data) must be the number of ranks; start a multiple of "
+            f"{parallel.expert} ranks or set parallel.expert=auto"
+        )
+        return world_size, 1
+    return world_size, parallel.expert
+
+
+def _check_batch(config: Config, data_parallel: int, problems: list[str]) -> int:
+    train, sequence = config.train, config.model.sequence_length
+    share, rest = divmod(train.global_batch_size, data_parallel)
+    if rest or not share:
+        problems.append(
+            f"train.global_batch_size={train.global_batch_size} does not divide over {data_parallel} data-parallel "
+            f"ranks; use a multiple of {data_parallel}"
+        )
+        return 1
+    if train.micro_batch_size == "auto":
+        fitting = [size for size in range(1, share + 1) if share % size == 0 and size * sequence <= MICRO_BATCH_TOKENS]
+        return max(fitting, default=1)
+    if share % train.micro_batch_size:
+        problems.append(
+            f"train.micro_batch_size={train.micro_batch_size} x {data_parallel} data-parallel ranks does not divide "
+            f"train.global_batch_size={train.global_batch_size}; use a divisor of {share}"
+        )
+    return train.micro_batch_size
