@@ -1,0 +1,80 @@
+"""From the configuration tree to Megatron's TransformerConfig."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from adamoe_dist.config import Config, MoEConfig, Resolved
+
+
+@dataclass
+class AdaMoETransformerConfig(TransformerConfig):
+    """Megatron's configuration with what the AdaMoE layers need besides.
+
+    ``moe`` is the tree's own section, ``experts_kernel`` the kernel that was chosen, ``seed`` the seed of the experts'
+    initial weights.
+    """
+
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    experts_kernel: str = "grouped_mm"
+    seed: int = 0
+
+
+def transformer_config(
+    config: Config, resolved: Resolved, dtype: torch.dtype, experts_kernel: str
+) -> AdaMoETransformerConfig:
+    """Return Megatron's configuration of a run.
+
+    Weights start on the CPU from seeded generators on every platform, so that they do not depend on the ranks or the
+    device. Fused kernels that write into Megatron's own gradient buffers stay off: DeepSpeed owns the gradients.
+    """
+    model, moe = config.model, config.moe
+    baseline = moe.router.type == "topk"
+    balanced = baseline and moe.router.balance.type == "switch"
+    return AdaMoETransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        init_method_std=model.init_std,
+        params_dtype=torch.float32,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        expert_model_parallel_size=resolved.expert_parallel,
+        num_moe_experts=moe.num_experts,
+        moe_ffn_hidden_size=moe.expert_hidden_size,
+        moe_layer_freq=[int(is_moe_layer(config, layer)) for layer in range(model.num_layers)],
+        moe_shared_expert_intermediate_size=moe.shared_expert_hidden_size,
+        moe_router_topk=min(moe.top_k, moe.num_experts),
+        moe_router_pre_softmax=moe.router.normalize == "none",
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss" if balanced else "none",
+        moe_aux_loss_coeff=moe.router.balance.coefficient * moe.top_k if balanced else 0.0,
+        moe_z_loss_coeff=(moe.router.z_loss_coefficient or None) if baseline else None,
+        moe_token_dispatcher_type="alltoall",
+        moe=moe,
+        experts_kernel=experts_kernel,
+        seed=config.run.seed,
+    )
+
+
+def is_moe_layer(config: Config, layer: int) -> bool:
+    """Tell whether layer ``layer`` (from 0) has experts: every ``moe.layer_frequency``-th, the last of each group."""
+    return (layer + 1) % config.moe.layer_frequency == 0

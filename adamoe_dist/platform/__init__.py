@@ -1,0 +1,27 @@
+"""CPU or CUDA: the only room that may ask, and what makes Megatron-core run without CUDA."""
+
+from adamoe_dist.platform.device import (
+    communication_backend,
+    default_precision,
+    device,
+    device_count,
+    is_cuda,
+    peak_memory_gib,
+    prepare,
+    seed_everything,
+    select_device,
+    synchronize,
+)
+
+__all__ = [
+    "communication_backend",
+    "default_precision",
+    "device",
+    "device_count",
+    "is_cuda",
+    "peak_memory_gib",
+    "prepare",
+    "seed_everything",
+    "select_device",
+    "synchronize",
+]

@@ -1,0 +1,84 @@
+"""CPU or CUDA: the one place that asks, and what follows from the answer."""
+
+import os
+import random
+import resource
+import sys
+import warnings
+
+import numpy as np
+import torch
+
+from adamoe_dist.platform.megatron_cpu import install_stand_ins
+
+
+def is_cuda() -> bool:
+    """Tell whether training runs on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def prepare() -> None:
+    """Make this process ready for DeepSpeed and Megatron-core; call it before either is imported.
+
+    With CUDA it only keeps quiet the libraries' notes on optional packages, which the start-up report covers. Without,
+    it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from
+    being compiled, and installs the stand-ins of :mod:`adamoe_dist.platform.megatron_cpu`.
+    """
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    if is_cuda():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    install_stand_ins()
+
+
+def device(local_rank: int = 0) -> torch.device:
+    """Return this process's device."""
+    return torch.device("cuda", local_rank) if is_cuda() else torch.device("cpu")
+
+
+def select_device(local_rank: int) -> torch.device:
+    """Bind this process to its device and return it."""
+    if is_cuda():
+        torch.cuda.set_device(local_rank)
+    return device(local_rank)
+
+
+def device_count() -> int:
+    """Return the number of CUDA devices of this host, or 1 for its CPU."""
+    return torch.cuda.device_count() if is_cuda() else 1
+
+
+def communication_backend() -> str:
+    """Return the torch.distributed backend: NCCL on CUDA, gloo on CPU."""
+    return "nccl" if is_cuda() else "gloo"
+
+
+def default_precision() -> str:
+    """Return what ``train.precision=auto`` means here: bf16 on CUDA, fp32 on CPU."""
+    return "bf16" if is_cuda() else "fp32"
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed the generators of Python, NumPy and torch, and forbid kernels of varying bits if asked."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def synchronize() -> None:
+    """Wait for the device's queued work."""
+    if is_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
+    if is_cuda():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,67 @@
+"""Running sums of one MoE layer's routing and dispatch, kept on the device until a step is logged."""
+
+import torch
+from torch import Tensor
+
+from adamoe_dist.routing.statistics import RoutingStatistics
+
+SUMS = (
+    "micro_batches",
+    "balance_loss",
+    "z_loss",
+    "dispatch_rows",
+    "dispatch_rows_undeduplicated",
+    "dispatch_bytes",
+)
+
+
+class RoutingCounters:
+    """Sums over the micro-batches of one step, on one rank, of one layer."""
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        """Count for a layer of ``num_experts`` true experts whose tokens fill ``top_k`` slots."""
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new step."""
+        self._sums: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
+        self._routing: Tensor | None = None
+
+    def add_statistics(self, statistics: RoutingStatistics) -> None:
+        """Add one micro-batch's selection."""
+        packed = statistics.packed()
+        self._routing = packed if self._routing is None else self._routing + packed
+        self._add("micro_batches", 1)
+
+    def add_balance_loss(self, loss: Tensor) -> None:
+        """Add one micro-batch's balance loss, coefficient included."""
+        self._add("balance_loss", loss.detach())
+
+    def add_z_loss(self, loss: Tensor) -> None:
+        """Add one micro-batch's z-loss, coefficient included."""
+        self._add("z_loss", loss.detach())
+
+    def add_dispatch(self, rows: int, rows_undeduplicated: int, sent_bytes: int) -> None:
+        """Add what one forward dispatch sent to other ranks."""
+        self._add("dispatch_rows", rows)
+        self._add("dispatch_rows_undeduplicated", rows_undeduplicated)
+        self._add("dispatch_bytes", sent_bytes)
+
+    def vector(self, device: torch.device) -> Tensor:
+        """Return the sums as one fp64 vector that can be added over layers and ranks: see :func:`read_vector`."""
+        sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64, device=device) for name in SUMS])
+        routing = self._routing
+        if routing is None:
+            routing = torch.zeros(self.top_k + 1 + self.num_experts, device=device)
+        return torch.cat([sums, routing.to(torch.float64)])
+
+    def _add(self, name: str, value: Tensor | float) -> None:
+        self._sums[name] = self._sums[name] + value
+
+
+def read_vector(vector: Tensor, num_experts: int) -> tuple[dict[str, float], RoutingStatistics]:
+    """Split what :meth:`RoutingCounters.vector` returned, perhaps summed, into named sums and statistics."""
+    sums = dict(zip(SUMS, vector[: len(SUMS)].tolist(), strict=True))
+    return sums, RoutingStatistics.unpacked(vector[len(SUMS) :].round().long(), num_experts)
