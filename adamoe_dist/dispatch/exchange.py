@@ -11,14 +11,12 @@ class _AllToAll(torch.autograd.Function):
     """Exchange rows; backward exchanges their gradients the other way."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         return _exchange(rows, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(gradients[0], ctx.receive, ctx.send, ctx.group), None, None, None
 
 

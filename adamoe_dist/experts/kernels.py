@@ -47,11 +47,11 @@ class _ContiguousGradient(torch.autograd.Function):
     """Pass on a contiguous gradient: grouped_mm's backward refuses an expanded one."""
 
     @staticmethod
-    def forward(ctx: object, output: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: object, output: Tensor) -> Tensor:
         return output
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 

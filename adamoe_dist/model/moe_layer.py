@@ -8,14 +8,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
 from adamoe_dist.dispatch import TrueExpertDispatcher
 from adamoe_dist.experts import GroupedExperts
 from adamoe_dist.model.config import AdaMoETransformerConfig
-from adamoe_dist.routing import AdaMoERouter, RoutingCounters, RoutingStatistics
+from adamoe_dist.routing import AdaMoERouter, CountedTopKRouter, RoutingCounters, RoutingStatistics
 
 
 class SharedExperts(SharedExpertMLP):
@@ -98,7 +97,9 @@ def _submodules(config: AdaMoETransformerConfig, counters: RoutingCounters) -> M
 
     def router(*, config: Any, pg_collection: Any, **version_keywords: Any) -> Any:
         if config.moe.router.type == "topk":
-            return TopKRouter(config=config, pg_collection=pg_collection, **version_keywords)
+            baseline = CountedTopKRouter(config=config, pg_collection=pg_collection, **version_keywords)
+            baseline.counters = counters
+            return baseline
         return AdaMoERouter(config, config.moe, pg_collection, counters)
 
     return MoESubmodules(

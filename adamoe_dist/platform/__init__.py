@@ -1,5 +1,6 @@
 """CPU or CUDA: the only room that may ask, and what makes Megatron-core run without CUDA."""
 
+from adamoe_dist.platform.deepspeed_cpu import without_compiled_collectives
 from adamoe_dist.platform.device import (
     communication_backend,
     default_precision,
@@ -24,4 +25,5 @@ __all__ = [
     "seed_everything",
     "select_device",
     "synchronize",
+    "without_compiled_collectives",
 ]

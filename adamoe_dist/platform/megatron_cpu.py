@@ -78,7 +78,7 @@ def install_stand_ins() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[assignment,method-assign]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     _adapt_moe_modules()
 
 

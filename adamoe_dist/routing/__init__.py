@@ -1,5 +1,6 @@
 """Which experts a token uses: selection, balance losses, statistics and initialisation of the null rows."""
 
+from adamoe_dist.routing.baseline import CountedTopKRouter
 from adamoe_dist.routing.counters import SUMS, RoutingCounters, read_vector
 from adamoe_dist.routing.initialisation import NullInit, expand_shared, initial_null_rows
 from adamoe_dist.routing.losses import (
@@ -18,6 +19,7 @@ __all__ = [
     "SUMS",
     "AdaMoERouter",
     "BalanceKind",
+    "CountedTopKRouter",
     "Normalize",
     "NullInit",
     "RoutingCounters",

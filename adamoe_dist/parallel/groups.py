@@ -1,0 +1,170 @@
+"""Process groups: torch.distributed, Megatron's groups, and DeepSpeed's view of them."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed.comm as deepspeed_comm
+import deepspeed.utils.groups as deepspeed_groups
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from adamoe_dist import platform
+from adamoe_dist.config import Resolved
+from adamoe_dist.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said in the environment: DeepSpeed's, torchrun's, or none (one process)."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is the only process."""
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+
+def check_port(launch: Launch) -> None:
+    """Refuse a rendezvous port that something else listens on, before any process waits for it.
+
+    Raises:
+        UserError: naming the port and how to choose another.
+    """
+    port = os.environ.get("MASTER_PORT")
+    if launch.rank != 0 or port is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as problem:
+            raise UserError(
+                f"MASTER_PORT={port} cannot be opened ({problem.strerror}); free it or give another with "
+                "deepspeed --master_port N (torchrun --master-port N)"
+            ) from None
+
+
+def initialize_groups(launch: Launch, resolved: Resolved) -> None:
+    """Start torch.distributed and build Megatron's groups; DeepSpeed is told of the ones it needs.
+
+    Args:
+        launch: this process's place.
+        resolved: the degrees.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.update(RANK=str(launch.rank), LOCAL_RANK=str(launch.local_rank), WORLD_SIZE=str(launch.world_size))
+    device = platform.select_device(launch.local_rank)
+    dist.init_process_group(
+        platform.communication_backend(),
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if platform.is_cuda() else None,
+    )
+    with platform.without_compiled_collectives():
+        deepspeed_comm.init_distributed(platform.communication_backend(), verbose=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=resolved.expert_parallel,
+        expert_tensor_parallel_size=1,
+    )
+    assert parallel_state.get_data_parallel_world_size() == resolved.data_parallel
+    register_expert_groups(resolved.expert_parallel)
+
+
+def register_expert_groups(expert_parallel: int) -> None:
+    """Give DeepSpeed Megatron's expert groups: it has no way to ask for them, only these tables."""
+    name = expert_group_name(expert_parallel)
+    expert = parallel_state.get_expert_model_parallel_group()
+    expert_data = parallel_state.get_expert_data_parallel_group()
+    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = expert
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data
+    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert_data)
+    deepspeed_groups.expert_tensor_parallel_world_size = 1
+
+
+def expert_group_name(expert_parallel: int) -> str:
+    """Return DeepSpeed's name of an expert group; it parses the number out of it."""
+    return f"ep_size_{expert_parallel}"
+
+
+def destroy_groups() -> None:
+    """Leave all groups; a process that skips this can crash at exit."""
+    for table in (
+        deepspeed_groups._EXPERT_PARALLEL_GROUP,
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,
+        deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        table.clear()
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class MegatronTopology:
+    """Megatron's groups under the names that DeepSpeed asks an ``mpu`` for."""
+
+    def get_data_parallel_world_size(self) -> int:
+        """Number of ranks that hold the same dense weights."""
+        return int(parallel_state.get_data_parallel_world_size())
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return int(parallel_state.get_data_parallel_rank())
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Their group."""
+        return parallel_state.get_data_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        """Number of ranks that share one copy of the dense weights."""
+        return int(torch.distributed.get_world_size(self.get_model_parallel_group()))
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return int(torch.distributed.get_rank(self.get_model_parallel_group()))
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Their group."""
+        return parallel_state.get_model_parallel_group()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Number of ranks that share each dense matrix."""
+        return int(parallel_state.get_tensor_model_parallel_world_size())
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return int(parallel_state.get_tensor_model_parallel_rank())
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """Their group."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Number of pipeline stages."""
+        return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """The group of the stages."""
+        return parallel_state.get_pipeline_model_parallel_group()
