@@ -1,9 +1,23 @@
 """Which experts a token uses: selection, balance losses, statistics and initialisation of the null rows."""
 
+from adamoe_dist.routing.losses import (
+    BalanceKind,
+    annealed_coefficient,
+    balance_loss,
+    balanced_loads,
+    mean_probabilities,
+    z_loss,
+)
 from adamoe_dist.routing.selection import Normalize, Selection, select
 
 __all__ = [
+    "BalanceKind",
     "Normalize",
     "Selection",
+    "annealed_coefficient",
+    "balance_loss",
+    "balanced_loads",
+    "mean_probabilities",
     "select",
+    "z_loss",
 ]
