@@ -1,7 +1,9 @@
 """What keeps DeepSpeed from compiling C++ at start on a CPU."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 from adamoe_dist.platform.device import is_cuda
 
@@ -16,7 +18,7 @@ def without_compiled_collectives() -> Iterator[None]:
     if is_cuda():
         yield
         return
-    import deepspeed.comm.torch as backend
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
 
     build = backend.build_shm_op
     backend.build_shm_op = lambda: None

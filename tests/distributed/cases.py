@@ -1,0 +1,182 @@
+"""Small runs that layouts are compared on: what every rank does, given plain arguments."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+VOCAB = 96
+BASE = {
+    "run": {"seed": 7},
+    "model": {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "sequence_length": 32},
+    "moe": {
+        "num_experts": 8,
+        "num_null_experts": 8,
+        "top_k": 3,
+        "expert_hidden_size": 48,
+        "router": {"z_loss_coefficient": 1e-3, "balance": {"coefficient": 0.02}},
+    },
+    "data": {"tokenizer": "unused", "train": [{"path": "unused"}]},
+    "train": {"global_batch_size": 8, "micro_batch_size": 2, "gradient_clipping": 0.5},
+    "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return result
+
+
+@dataclass
+class Outcome:
+    """What a run gave: per step losses (nats) and gradient norms; first gradients and last weights by global name."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: list[dict[str, float]] = field(default_factory=list)
+
+
+def tokens_of(step: int, global_batch: int, length: int) -> torch.Tensor:
+    """(global batch, length + 1) ids of a step; skewed, so that experts are unevenly loaded."""
+    generator = torch.Generator().manual_seed(100 + step)
+    uniform = torch.rand(global_batch, length + 1, generator=generator)
+    return (uniform.square() * VOCAB).long().clamp(max=VOCAB - 1)
+
+
+def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Join expert shards over the expert-parallel ranks, so that every layout has the same names and shapes."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_expert_model_parallel_group()
+    result = {}
+    for name, parameter in model.named_parameters():
+        value = values[name].detach().float().contiguous()
+        if getattr(parameter, "is_expert", False) and group.size() > 1:
+            parts = [torch.empty_like(value) for _ in range(group.size())]
+            dist.all_gather(parts, value, group=group)
+            value = torch.cat(parts)
+        result[name] = value.clone()
+    return result
+
+
+def train(
+    changes: dict[str, Any],
+    steps: int,
+    expert_parallel: int,
+    precision: str = "fp32",
+    force: str | None = None,
+) -> Outcome:
+    """Train a small model on this rank's part of each global batch; all ranks call it together.
+
+    ``force`` bends the router: ``starve`` leaves expert 0 without rows on rank 0 in the first micro-batch, ``all_null``
+    sends every token of rank 0's first micro-batch to null experts only.
+    """
+    import torch.distributed as dist
+
+    from adamoe_dist import platform
+    from adamoe_dist.config import config_from_dict, resolve
+    from adamoe_dist.model import build_model
+    from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
+
+    launch = Launch.from_environment()
+    config = config_from_dict(merged(merged(BASE, changes), {"parallel": {"expert": expert_parallel}}))
+    resolved = resolve(config, launch.world_size)
+    initialize_groups(launch, resolved)
+    try:
+        platform.seed_everything(config.run.seed, deterministic=False)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        built = build_model(config, resolved, VOCAB, dtype, cuda=False)
+        engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
+        bend = Bend(built.model, force, resolved, launch.rank)
+        outcome = Outcome()
+        for step in range(steps):
+            batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length)
+            micro = batch.split(resolved.micro_batch_size)[launch.rank :: resolved.data_parallel]
+            assert len(micro) == resolved.micro_batches_per_rank
+            total = torch.zeros(())
+            for layer in built.model.moe_layers:
+                layer.counters.reset()
+            capture = GradientCapture(built.model) if step == 0 else None
+            for index, tokens in enumerate(micro):
+                bend.micro_batch = index * resolved.data_parallel + launch.rank
+                loss = engine(tokens).mean()
+                engine.backward(loss, len(micro))
+                total += loss.detach() / len(micro)
+            if capture:
+                outcome.gradients = gathered(built.model, capture.reduced(resolved))
+            engine.set_learning_rate(config.optimizer.learning_rate)
+            engine.step()
+            dist.all_reduce(total)
+            outcome.losses.append(float(total) / resolved.data_parallel)
+            outcome.norms.append(engine.gradient_norm())
+        outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
+        return outcome
+    finally:
+        destroy_groups()
+
+
+class GradientCapture:
+    """Sums each parameter's local gradient over the micro-batches, before ZeRO takes it away."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+        self.handles = []
+        for name, parameter in model.named_parameters():
+            self.handles.append(parameter.register_hook(self._adder(name)))
+
+    def _adder(self, name: str) -> Any:
+        def add(gradient: torch.Tensor) -> None:
+            self.sums[name] += gradient.detach().float()
+
+        return add
+
+    def reduced(self, resolved: Any) -> dict[str, torch.Tensor]:
+        """The mean over data-parallel ranks, by torch.distributed itself: what ZeRO must arrive at."""
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        for handle in self.handles:
+            handle.remove()
+        for name, parameter in self.model.named_parameters():
+            sharded = getattr(parameter, "is_expert", False) and resolved.expert_parallel > 1
+            group = (
+                parallel_state.get_expert_data_parallel_group()
+                if sharded
+                else parallel_state.get_data_parallel_group()
+            )
+            dist.all_reduce(self.sums[name], group=group)
+            self.sums[name] /= resolved.data_parallel
+        return self.sums
+
+
+class Bend:
+    """Overrides the scores of global micro-batch 0 so that a case of interest occurs in every layout."""
+
+    def __init__(self, model: torch.nn.Module, force: str | None, resolved: Any, rank: int) -> None:
+        self.micro_batch = -1
+        if force is None:
+            return
+        for layer in model.moe_layers:
+            original = layer.router.gating
+            layer.router.gating = self._bent(original, force, layer.config.moe.num_experts)
+
+    def _bent(self, original: Any, force: str, num_experts: int) -> Any:
+        def gating(hidden: torch.Tensor) -> torch.Tensor:
+            scores = original(hidden)
+            if self.micro_batch == 0:
+                shift = torch.zeros_like(scores)
+                if force == "starve":
+                    shift[:, 0] = -1e4
+                else:
+                    shift[:, num_experts:] = 1e2
+                scores = scores + shift
+            return scores
+
+        return gating

@@ -1,0 +1,86 @@
+"""Starts ranks once and runs many checks in them.
+
+A check is a function of a `Place`; it runs on every rank at the same time. Ranks are processes that stay up for a whole
+test module, because importing torch, DeepSpeed and Megatron costs seconds.
+"""
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[..., Any]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, world_size: int, pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from adamoe_dist import platform
+
+    platform.prepare()
+    while (task := pipe.recv()) is not None:
+        check, arguments, os.environ["MASTER_PORT"] = task
+        try:
+            pipe.send(("ok", check(*arguments)))
+        except BaseException:
+            pipe.send(("error", f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+class Ranks:
+    """A set of rank processes."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        context = mp.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(world_size)]
+        self.pipes = [pair[0] for pair in pairs]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, world_size, pairs[rank][1]), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, check: Check, *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+        """Run ``check(*arguments)`` on every rank and return the results by rank."""
+        port = str(free_port())
+        for pipe in self.pipes:
+            pipe.send((check, arguments, port))
+        results, errors = [], []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(5.0 if errors else timeout_s):
+                errors.append(f"rank {rank}: no answer")
+                continue
+            status, value = pipe.recv()
+            (results if status == "ok" else errors).append(value)
+        if errors:
+            self.stop(kill=True)
+            raise AssertionError("\n".join(errors))
+        return results
+
+    def stop(self, kill: bool = False) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if kill:
+                process.kill()
+            elif process.is_alive():
+                pipe.send(None)
+        for process in self.processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.kill()
