@@ -20,11 +20,20 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of every option that has one worth reading."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ToolParser(argparse.ArgumentParser):
     """Reads a tool's command line; shows defaults in its help and refuses in one line, as all else does."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.

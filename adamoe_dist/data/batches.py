@@ -80,7 +80,8 @@ def _refuse_other_samples(saved: dict[str, Any], current: dict[str, Any]) -> Non
     before, now = saved["datasets"], current["datasets"]
     if len(before) != len(now):
         raise UserError(
-            f"data.train has {len(now)} datasets, the checkpoint's run had {len(before)}; restore them, {_AFRESH}"
+            f"data.train has {len(now)} datasets, the checkpoint's run had {len(before)}; "
+            f"restore them, {_AFRESH}"
         )
     for index, (old, new) in enumerate(zip(before, now, strict=True)):
         if old["fingerprint"] != new["fingerprint"]:
@@ -88,10 +89,15 @@ def _refuse_other_samples(saved: dict[str, Any], current: dict[str, Any]) -> Non
                 f"data.train[{index}] {new['prefix']} is not the checkpoint's data: fingerprint "
                 f"{new['fingerprint'][:16]} instead of {old['fingerprint'][:16]}; restore the data, {_AFRESH}"
             )
+        if old["seed"] != new["seed"]:
+            raise UserError(
+                f"data.train[{index}] {new['prefix']} is read with seed {new['seed']}, the checkpoint's run "
+                f"used {old['seed']}; set run.seed back, {_AFRESH}"
+            )
         if old["weight"] != new["weight"]:
             raise UserError(
-                f"data.train[{index}].weight: its share {new['weight']} is not the checkpoint's {old['weight']}; "
-                f"set it back, {_AFRESH}"
+                f"data.train[{index}].weight: its share {new['weight']} is not the checkpoint's "
+                f"{old['weight']}; set it back, {_AFRESH}"
             )
 
 

@@ -15,8 +15,6 @@ from adamoe_dist.data.shuffle import permutation
 from adamoe_dist.errors import UserError
 
 _SMALLEST_BLOCK = 1024
-# Keeps the order of a blend apart from the orders inside its datasets, whose keys have another length.
-_BLEND_KEY = 2
 
 
 class Samples(Protocol):
@@ -44,7 +42,7 @@ class BlendedSamples:
         Args:
             datasets: all of one sequence length and one tokenizer.
             weights: one a dataset, not negative; only their proportions count.
-            seed: of the order, not negative.
+            seed: of the order.
 
         Raises:
             UserError: a weight cannot be used, or the datasets were cut by different tokenizers.
@@ -67,7 +65,7 @@ class BlendedSamples:
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the order and content of the samples."""
         parts = [
-            {"prefix": dataset.prefix, "fingerprint": dataset.fingerprint, "weight": str(share)}
+            {**dataset.identity()["datasets"][0], "weight": str(share)}
             for dataset, share in zip(self.datasets, self.shares, strict=True)
         ]
         return {"seed": self.seed, "sequence_length": self.sequence_length, "datasets": parts}
@@ -99,7 +97,7 @@ class BlendedSamples:
         before, after = self.used_before_block(block), self.used_before_block(block + 1)
         counts = [end - start for start, end in zip(before, after, strict=True)]
         ordered = np.repeat(np.arange(len(counts)), counts)
-        choices = ordered[permutation(self.block_size, self.seed, block, _BLEND_KEY)]
+        choices = ordered[permutation(self.block_size, "blend", self.seed, block)]
         samples = np.empty_like(choices)
         for dataset, start in enumerate(before):
             samples[choices == dataset] = start + np.arange(counts[dataset])

@@ -1,4 +1,4 @@
-"""Samples of fixed length from a prepared part, in an order that is a pure function of seed, data and index."""
+"""Samples of fixed length from a prepared part; their order is a pure function of seed, data and index."""
 
 import hashlib
 from collections import OrderedDict
@@ -13,8 +13,6 @@ from adamoe_dist.data.shuffle import permutation
 from adamoe_dist.data.storage import PartInfo, open_tokens, read_info
 from adamoe_dist.errors import UserError
 
-_DOCUMENT_ORDER = 0
-_WINDOW_ORDER = 1
 _EPOCHS_KEPT = 2
 
 
@@ -46,7 +44,7 @@ class TokenDataset:
         Args:
             prefix: path without ``.bin``.
             sequence_length: S, the tokens that a model predicts from one sample.
-            seed: of the order, not negative.
+            seed: of the order.
             shuffle: false for the windows of the documents as they were written, every epoch alike.
 
         Raises:
@@ -60,7 +58,8 @@ class TokenDataset:
         if self.info.tokens < sequence_length + 1:
             raise UserError(
                 f"data {prefix}: not enough data: {self.info.tokens} tokens are less than one sample of "
-                f"sequence_length + 1 = {sequence_length + 1}; prepare more text or shorten model.sequence_length"
+                f"sequence_length + 1 = {sequence_length + 1}; "
+                "prepare more text or shorten model.sequence_length"
             )
         self._tokens: Any = open_tokens(prefix, self.info)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
@@ -92,7 +91,7 @@ class TokenDataset:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the order and content of the samples."""
-        part = {"prefix": self.prefix, "fingerprint": self.fingerprint, "weight": "1"}
+        part = {"prefix": self.prefix, "fingerprint": self.fingerprint, "seed": self.seed, "weight": "1"}
         return {"seed": self.seed, "sequence_length": self.sequence_length, "datasets": [part]}
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
@@ -125,9 +124,9 @@ class TokenDataset:
             return self._epochs[number]
         lengths = np.asarray(self._tokens.sequence_lengths, dtype=np.int64)
         if self.shuffle:
-            key = (self.seed, int(self.fingerprint[:16], 16), number)
-            documents = permutation(len(lengths), *key, _DOCUMENT_ORDER)
-            windows = permutation(len(self), *key, _WINDOW_ORDER)
+            key = (self.seed, self.fingerprint, number)
+            documents = permutation(len(lengths), "documents", *key)
+            windows = permutation(len(self), "windows", *key)
         else:
             documents = np.arange(len(lengths), dtype=np.int64)
             windows = np.arange(len(self), dtype=np.int64)

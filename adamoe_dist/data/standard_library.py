@@ -1,4 +1,4 @@
-"""The default corpus: the Python standard library of the interpreter that runs, its sources and its help texts."""
+"""The default corpus: sources and help texts of the running interpreter's standard library."""
 
 import logging
 import sysconfig

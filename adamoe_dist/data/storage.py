@@ -1,4 +1,4 @@
-"""One part of a prepared corpus on disk: Megatron's ``.bin`` and ``.idx``, and a ``.json`` that describes them.
+"""One part of a prepared corpus on disk: Megatron's ``.bin`` and ``.idx``, and a ``.json`` about them.
 
 The ``.json`` is put in place last: a part without it is not complete.
 """
@@ -8,6 +8,8 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -96,10 +98,17 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
-def megatron_indexed_dataset() -> ModuleType:
-    """Import Megatron's module of indexed datasets, which takes seconds, without its warnings."""
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence Megatron, which warns of missing accelerator packages and of a missing process group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield
+
+
+def megatron_indexed_dataset() -> ModuleType:
+    """Import Megatron's module of indexed datasets, which takes seconds, without its warnings."""
+    with _without_warnings():
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
@@ -124,7 +133,8 @@ def open_tokens(prefix: str | Path, info: PartInfo) -> Any:
                 f"{file} has {file.stat().st_size} bytes, its .json says {size}; "
                 "prepare it again with tools/prepare_data.py"
             )
-    return megatron.IndexedDataset(str(prefix), mmap=True)
+    with _without_warnings():
+        return megatron.IndexedDataset(str(prefix), mmap=True)
 
 
 class PartWriter:

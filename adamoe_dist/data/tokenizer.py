@@ -142,7 +142,7 @@ class Tokenizer:
         return str(self._processor.decode(ids))
 
     def _chunks(self, text: str) -> list[str]:
-        """Cut a long text at line starts, where no piece can cross: SentencePiece needs 60 bytes a byte."""
+        """Cut a long text, whose cost grows faster than its length, at line starts: no piece crosses them."""
         if len(text) <= _CHUNK_CHARACTERS or not self._cuts_at_lines:
             return [text]
         chunks = []

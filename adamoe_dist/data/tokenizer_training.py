@@ -29,6 +29,8 @@ SMALLEST_VOCAB_SIZE = _BYTES + _SPECIAL_TOKENS + len(_WHITE_SPACE) + 1
 
 _BLOCK_BYTES = 4096
 _LONGEST_LINE = 4096
+# A constant, because the model file records it.
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _train_model(sample: TextSample, options: TrainingOptions) -> bytes:
             user_defined_symbols=list(_WHITE_SPACE),
             split_digits=True,
             max_sentence_length=8 * _LONGEST_LINE,
-            num_threads=max(1, min(os.cpu_count() or 1, 16)),
+            num_threads=_THREADS,
             minloglevel=2,
             pad_id=0,
             unk_id=1,
