@@ -1,12 +1,14 @@
 """Nothing is lost by encoding, training is repeatable, and mistakes are refused."""
 
 import hashlib
+import io
 import json
 import pickle
 import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from adamoe_dist.data import Document, Tokenizer, train_tokenizer
 from adamoe_dist.data.tokenizer_training import TextSample
@@ -156,3 +158,20 @@ def test_missing_or_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is not a SentencePiece model"):
         Tokenizer.load(tmp_path)
+
+
+def foreign_model(**options: object) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world foo bar"] * 9), model_writer=model, vocab_size=30, **options
+    )
+    return model.getvalue()
+
+
+def test_other_models_are_used_as_they_are() -> None:
+    model = foreign_model(model_type="bpe")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    text = "  hello \u2581world\n\nfoo"
+    assert Tokenizer(model).encode(text) == processor.encode(text)
+    with pytest.raises(UserError, match=r"mine has no end-of-sequence id"):
+        Tokenizer(foreign_model(model_type="bpe", eos_id=-1), "mine")
