@@ -1,5 +1,6 @@
 """What command-line tools share: how a refusal is printed and how progress is shown."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,6 +18,30 @@ def fail(message: str) -> None:
 def say(message: str) -> None:
     """Print one line of a tool's result on standard output."""
     print(message, flush=True)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of every option that has one worth reading."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Reads a tool's command line; shows defaults in its help and refuses in one line, as all else does."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message} (see --help)")
 
 
 def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -39,6 +64,8 @@ def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
 def progress(total: float | None, unit: str, description: str) -> "tqdm[NoReturn]":
     """Return a progress bar with time left: a live bar on a terminal, a line every 10 seconds elsewhere."""
     interactive = sys.stderr.isatty()
+    # A bar that appears at once would come between the command and the line that refuses its input.
+    delay = 0.5 if interactive else 2.0
     return tqdm(
         total=total,
         unit=unit,
@@ -48,4 +75,5 @@ def progress(total: float | None, unit: str, description: str) -> "tqdm[NoReturn
         mininterval=0.1 if interactive else 10.0,
         dynamic_ncols=interactive,
         ascii=not interactive,
+        delay=delay,
     )

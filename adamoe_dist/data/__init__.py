@@ -1,0 +1,58 @@
+"""Text to batches: corpora, tokenizers, Megatron's indexed datasets, blends and the position in them.
+
+Names are imported when they are first used: the workers that cut text need neither torch nor Megatron.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adamoe_dist.data.batches import BatchStream, validation_batches
+    from adamoe_dist.data.blend import BlendedSamples, Samples
+    from adamoe_dist.data.corpus import Document, corpus_bytes, iterate_documents, validate_inputs
+    from adamoe_dist.data.indexed import TokenDataset
+    from adamoe_dist.data.prepare import PreparationSummary, prepare_corpus
+    from adamoe_dist.data.standard_library import STANDARD_LIBRARY
+    from adamoe_dist.data.storage import PartInfo, read_info
+    from adamoe_dist.data.tokenizer import TextTokenizer, Tokenizer
+    from adamoe_dist.data.tokenizer_training import TrainingSummary, train_tokenizer
+
+__all__ = [
+    "STANDARD_LIBRARY",
+    "BatchStream",
+    "BlendedSamples",
+    "Document",
+    "PartInfo",
+    "PreparationSummary",
+    "Samples",
+    "TextTokenizer",
+    "TokenDataset",
+    "Tokenizer",
+    "TrainingSummary",
+    "corpus_bytes",
+    "iterate_documents",
+    "prepare_corpus",
+    "read_info",
+    "train_tokenizer",
+    "validate_inputs",
+    "validation_batches",
+]
+
+_HOMES = {
+    "batches": ("BatchStream", "validation_batches"),
+    "blend": ("BlendedSamples", "Samples"),
+    "corpus": ("Document", "corpus_bytes", "iterate_documents", "validate_inputs"),
+    "indexed": ("TokenDataset",),
+    "prepare": ("PreparationSummary", "prepare_corpus"),
+    "standard_library": ("STANDARD_LIBRARY",),
+    "storage": ("PartInfo", "read_info"),
+    "tokenizer": ("TextTokenizer", "Tokenizer"),
+    "tokenizer_training": ("TrainingSummary", "train_tokenizer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

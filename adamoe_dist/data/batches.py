@@ -1,0 +1,134 @@
+"""Batches of this rank: which samples of the endless sequence it trains on, and how far the run has come."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from adamoe_dist.data.blend import Samples
+from adamoe_dist.data.indexed import TokenDataset
+from adamoe_dist.errors import UserError
+
+_AFRESH = "or start afresh with checkpoint.load_weights"
+
+
+class BatchStream:
+    """The micro-batches of one data-parallel rank, step after step.
+
+    Step t uses the G samples after those of step t - 1. Micro-batch q of a step (q = 0 .. G / micro - 1)
+    holds ``micro`` samples in a row, and rank r of R takes q = a R + r for a = 0, 1 ... So the samples of a
+    step depend neither on R nor on the micro-batch size.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        consumed_samples: int = 0,
+    ) -> None:
+        """Start after ``consumed_samples`` samples; sizes are in samples and G must divide evenly."""
+        assert global_batch_size % (micro_batch_size * data_parallel_size) == 0
+        assert 0 <= data_parallel_rank < data_parallel_size
+        self._samples = samples
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._ranks = data_parallel_size
+        self.consumed_samples = consumed_samples
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of this rank in one step."""
+        return self._global_batch_size // (self._micro_batch_size * self._ranks)
+
+    def next_step(self) -> list[torch.Tensor]:
+        """Return this rank's micro-batches of the next step, int64 of shape (micro, S + 1) each."""
+        batches = []
+        for accumulation in range(self.accumulation_steps):
+            micro_batch = accumulation * self._ranks + self._rank
+            start = self.consumed_samples + micro_batch * self._micro_batch_size
+            rows = [self._samples[start + offset] for offset in range(self._micro_batch_size)]
+            batches.append(torch.from_numpy(np.stack(rows)))
+        self.consumed_samples += self._global_batch_size
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what it is a position in; plain values, the same on every rank."""
+        return {"consumed_samples": self.consumed_samples, **self._samples.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stream stopped, of whatever batch size and number of ranks.
+
+        Raises:
+            UserError: the samples are not those of the other stream.
+        """
+        _refuse_other_samples(state, self._samples.identity())
+        self.consumed_samples = int(state["consumed_samples"])
+
+
+def _refuse_other_samples(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    for key, name in (("seed", "run.seed"), ("sequence_length", "model.sequence_length")):
+        if saved[key] != current[key]:
+            raise UserError(
+                f"{name} {current[key]} is not the checkpoint's {saved[key]}, so the data would be others; "
+                f"set it back, {_AFRESH}"
+            )
+    before, now = saved["datasets"], current["datasets"]
+    if len(before) != len(now):
+        raise UserError(
+            f"data.train has {len(now)} datasets, the checkpoint's run had {len(before)}; "
+            f"restore them, {_AFRESH}"
+        )
+    for index, (old, new) in enumerate(zip(before, now, strict=True)):
+        if old["fingerprint"] != new["fingerprint"]:
+            raise UserError(
+                f"data.train[{index}] {new['prefix']} is not the checkpoint's data: fingerprint "
+                f"{new['fingerprint'][:16]} instead of {old['fingerprint'][:16]}; restore the data, {_AFRESH}"
+            )
+        if old["seed"] != new["seed"]:
+            raise UserError(
+                f"data.train[{index}] {new['prefix']} is read with seed {new['seed']}, the checkpoint's run "
+                f"used {old['seed']}; set run.seed back, {_AFRESH}"
+            )
+        if old["weight"] != new["weight"]:
+            raise UserError(
+                f"data.train[{index}].weight: its share {new['weight']} is not the checkpoint's "
+                f"{old['weight']}; set it back, {_AFRESH}"
+            )
+
+
+def validation_batches(
+    dataset: TokenDataset,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    max_samples: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's part of one pass over the first samples of a dataset.
+
+    Over all ranks each sample has weight 1 exactly once. Every rank yields the same number of batches, since
+    ranks that share experts must take every step together: what is missing at the end is filled with a
+    sample of weight 0.
+
+    Args:
+        dataset: usually not shuffled, so that the pass is always the same.
+        micro_batch_size: samples a batch.
+        data_parallel_rank: of this process.
+        data_parallel_size: number of ranks.
+        max_samples: at most one epoch; all of it by default.
+
+    Yields:
+        Tokens, int64 of shape (micro, S + 1), and weights, float32 of shape (micro,).
+    """
+    samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    rounds = -(-samples // (micro_batch_size * data_parallel_size))
+    for round_number in range(rounds):
+        start = (round_number * data_parallel_size + data_parallel_rank) * micro_batch_size
+        indices = range(start, start + micro_batch_size)
+        rows = [dataset[min(index, samples - 1)] for index in indices]
+        weights = [float(index < samples) for index in indices]
+        yield torch.from_numpy(np.stack(rows)), torch.tensor(weights)
