@@ -24,9 +24,7 @@ def _parser() -> ToolParser:
         metavar="DIR|FILE",
         help="from train_tokenizer.py, or a SentencePiece model",
     )
-    parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="path that the files' names begin with"
-    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path that the files' names begin with")
     parser.add_argument(
         "--workers",
         type=int,

@@ -80,8 +80,7 @@ def _refuse_other_samples(saved: dict[str, Any], current: dict[str, Any]) -> Non
     before, now = saved["datasets"], current["datasets"]
     if len(before) != len(now):
         raise UserError(
-            f"data.train has {len(now)} datasets, the checkpoint's run had {len(before)}; "
-            f"restore them, {_AFRESH}"
+            f"data.train has {len(now)} datasets, the checkpoint's run had {len(before)}; restore them, {_AFRESH}"
         )
     for index, (old, new) in enumerate(zip(before, now, strict=True)):
         if old["fingerprint"] != new["fingerprint"]:

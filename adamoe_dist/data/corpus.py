@@ -102,9 +102,7 @@ def _files_of_input(name: str) -> list[Path]:
     if not path.exists():
         raise UserError(f"input {name} does not exist; give a file, a directory or {STANDARD_LIBRARY}")
     if not _ending(path):
-        raise UserError(
-            f"input {name}: its ending is not known; rename it to one of {' '.join(KNOWN_ENDINGS)}"
-        )
+        raise UserError(f"input {name}: its ending is not known; rename it to one of {' '.join(KNOWN_ENDINGS)}")
     return [path]
 
 
@@ -140,15 +138,13 @@ def _decode(data: bytes, where: str, offset: int = 0) -> str:
     zero = data.find(b"\0")
     if zero >= 0:
         raise UserError(
-            f"{where} is not text: it has a NUL byte at byte {offset + zero}; "
-            "give text in UTF-8 or leave it out"
+            f"{where} is not text: it has a NUL byte at byte {offset + zero}; give text in UTF-8 or leave it out"
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} is not UTF-8 at byte {offset + error.start}; "
-            "convert it (iconv -t UTF-8) or leave it out"
+            f"{where} is not UTF-8 at byte {offset + error.start}; convert it (iconv -t UTF-8) or leave it out"
         ) from error
 
 

@@ -121,12 +121,8 @@ def _checked_output(prefix: str | Path, workers: int, fraction: float, overwrite
         raise UserError(f"--validation-fraction {fraction} is not in [0, 1); give for example 0.05")
     output = Path(prefix)
     if str(prefix).endswith(os.sep) or output.is_dir():
-        raise UserError(
-            f"--output {prefix} is a directory; add a name for the data, such as {output / 'corpus'}"
-        )
-    refuse_existing(
-        [file for name in (TRAIN, VALIDATION) for file in part_files(f"{output}_{name}")], overwrite
-    )
+        raise UserError(f"--output {prefix} is a directory; add a name for the data, such as {output / 'corpus'}")
+    refuse_existing([file for name in (TRAIN, VALIDATION) for file in part_files(f"{output}_{name}")], overwrite)
     require_writable(output.parent)
     return output
 

@@ -9,9 +9,7 @@ logger = logging.getLogger(__name__)
 
 STANDARD_LIBRARY = "python:stdlib"
 
-_SKIPPED_DIRECTORIES = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-)
+_SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 # Machine-specific build records, and the module whose contents are taken one topic at a time instead.
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 _TOPICS_MODULE = "pydoc_data/topics.py"
@@ -40,9 +38,7 @@ def standard_library_files(root: Path | None = None) -> list[Path]:
 def _is_wanted(relative: Path) -> bool:
     if relative.as_posix() == _TOPICS_MODULE or relative.name.startswith(_SKIPPED_PREFIXES):
         return False
-    return not any(
-        part in _SKIPPED_DIRECTORIES or part.startswith(_SKIPPED_PREFIXES) for part in relative.parts[:-1]
-    )
+    return not any(part in _SKIPPED_DIRECTORIES or part.startswith(_SKIPPED_PREFIXES) for part in relative.parts[:-1])
 
 
 def standard_library_documents(root: Path | None = None) -> Iterator[tuple[str, str]]:

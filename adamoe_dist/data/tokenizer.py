@@ -66,9 +66,7 @@ class Tokenizer:
         except RuntimeError as error:
             raise UserError(f"tokenizer {name} is not a SentencePiece model; train it again") from error
         if self._processor.eos_id() < 0:
-            raise UserError(
-                f"tokenizer {name} has no end-of-sequence id; train one with tools/train_tokenizer.py"
-            )
+            raise UserError(f"tokenizer {name} has no end-of-sequence id; train one with tools/train_tokenizer.py")
         self._fingerprint = hashlib.sha256(model).hexdigest()
         self._lossless = self.decode(self._processor.encode(_LOSSLESS_PROBE)) == _LOSSLESS_PROBE
         self._cuts_at_lines = self._lossless and not any(

@@ -30,9 +30,7 @@ def texts_of(directory: Path) -> list[str]:
     return [file.read_bytes().decode() for file in sorted(directory.iterdir())]
 
 
-def test_parts_hold_every_document_once_in_order(
-    prepared: Path, text_dir: Path, tokenizer: Tokenizer
-) -> None:
+def test_parts_hold_every_document_once_in_order(prepared: Path, text_dir: Path, tokenizer: Tokenizer) -> None:
     expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts_of(text_dir)]
     train, validation = (documents_on_disk(f"{prepared}_{part}") for part in ("train", "validation"))
     assert train and validation
@@ -45,9 +43,7 @@ def test_parts_hold_every_document_once_in_order(
 def test_description(prepared: Path, text_dir: Path, tokenizer: Tokenizer) -> None:
     parts = {part: read_info(f"{prepared}_{part}") for part in ("train", "validation")}
     assert sum(info.documents for info in parts.values()) == 30
-    assert sum(info.bytes for info in parts.values()) == sum(
-        len(text.encode()) for text in texts_of(text_dir)
-    )
+    assert sum(info.bytes for info in parts.values()) == sum(len(text.encode()) for text in texts_of(text_dir))
     for part, info in parts.items():
         tokens = [token for document in documents_on_disk(f"{prepared}_{part}") for token in document]
         frequencies = [count / len(tokens) for count in Counter(tokens).values()]
@@ -85,8 +81,7 @@ def test_copies_stay_on_one_side(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"text": words(seed % 20, 5)}) + "\n" for seed in range(60)))
     prepare_corpus([str(file)], tokenizer, tmp_path / "x", validation_fraction=0.4)
     sides = [
-        {tuple(document) for document in documents_on_disk(f"{tmp_path}/x_{part}")}
-        for part in ("train", "validation")
+        {tuple(document) for document in documents_on_disk(f"{tmp_path}/x_{part}")} for part in ("train", "validation")
     ]
     assert not sides[0] & sides[1]
 
@@ -100,9 +95,7 @@ def test_each_part_gets_a_document(tokenizer: Tokenizer, tmp_path: Path, fractio
     assert summary.train.documents == summary.validation.documents == 1
 
 
-def test_tool(
-    call_tool, refused, text_dir: Path, tokenizer_dir: Path, prepared: Path, tmp_path: Path
-) -> None:
+def test_tool(call_tool, refused, text_dir: Path, tokenizer_dir: Path, prepared: Path, tmp_path: Path) -> None:
     arguments = ["--input", text_dir, "--tokenizer", tokenizer_dir / "tokenizer.model", "--workers", 1]
     prefix = tmp_path / "deep" / "words"
     finished = call_tool("prepare_data", *arguments, "--output", prefix, "--validation-fraction", 0.2)
@@ -110,9 +103,7 @@ def test_tool(
     assert "bytes/token" in finished.out and f"{prefix}_validation: " in finished.out
     assert contents(prefix) == contents(prepared)
     assert "_train.bin exists already" in refused("prepare_data", *arguments, "--output", prefix)
-    again = call_tool(
-        "prepare_data", *arguments, "--output", prefix, "--overwrite", "--validation-fraction", 0
-    )
+    again = call_tool("prepare_data", *arguments, "--output", prefix, "--overwrite", "--validation-fraction", 0)
     assert again.code == 0
     assert sorted(file.name for file in prefix.parent.iterdir()) == [
         f"words_train.{ending}" for ending in ("bin", "idx", "json")
@@ -123,9 +114,7 @@ def test_refusals_of_the_tool(refused, text_dir: Path, tokenizer_dir: Path, tmp_
     common = ["prepare_data", "--tokenizer", tokenizer_dir, "--output", tmp_path / "out" / "x", "--input"]
     (tmp_path / "one.txt").write_text("one")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
-    assert "--validation-fraction 0.1 needs two" in refused(
-        *common, tmp_path / "one.txt", "--validation-fraction", 0.1
-    )
+    assert "--validation-fraction 0.1 needs two" in refused(*common, tmp_path / "one.txt", "--validation-fraction", 0.1)
     assert "--validation-fraction 1.0 is not in" in refused(*common, text_dir, "--validation-fraction", 1)
     assert "--workers 0" in refused(*common, text_dir, "--workers", 0)
     assert "does not exist" in refused(*common, tmp_path / "no.txt")

@@ -46,9 +46,7 @@ def test_round_trip_of_random_text(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_long_text_is_cut_where_no_token_crosses(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_text_is_cut_where_no_token_crosses(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = words(1, 3000) + "\n\n\n\n  " + words(2, 10)
     whole = tokenizer.encode(text)
     monkeypatch.setattr("adamoe_dist.data.tokenizer._CHUNK_CHARACTERS", 50)
@@ -119,9 +117,7 @@ def test_vocabulary_too_small_for_the_characters(refused, tmp_path: Path) -> Non
     line = refused("train_tokenizer", *arguments, 300)
     assert "--vocab-size 300 is too small for the characters" in line
     needed = int(line.split("give ")[1].split()[0])
-    assert train_tokenizer(
-        [Document((tmp_path / "x.txt").read_text(), "")], needed, tmp_path / "u"
-    ).vocab_size
+    assert train_tokenizer([Document((tmp_path / "x.txt").read_text(), "")], needed, tmp_path / "u").vocab_size
 
 
 def test_vocabulary_larger_than_the_text(refused, call_tool, tmp_path: Path) -> None:
@@ -151,9 +147,7 @@ def test_other_refusals_of_the_trainer(refused, tmp_path: Path, text_dir: Path) 
 
 
 def test_missing_or_damaged_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"there is no .*tokenizer\.model; make one with tools/train_tokenizer"
-    ):
+    with pytest.raises(UserError, match=r"there is no .*tokenizer\.model; make one with tools/train_tokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is not a SentencePiece model"):

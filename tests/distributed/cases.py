@@ -147,9 +147,7 @@ class GradientCapture:
         for name, parameter in self.model.named_parameters():
             sharded = getattr(parameter, "is_expert", False) and resolved.expert_parallel > 1
             group = (
-                parallel_state.get_expert_data_parallel_group()
-                if sharded
-                else parallel_state.get_data_parallel_group()
+                parallel_state.get_expert_data_parallel_group() if sharded else parallel_state.get_data_parallel_group()
             )
             dist.all_reduce(self.sums[name], group=group)
             self.sums[name] /= resolved.data_parallel

@@ -25,9 +25,7 @@ def loss_and_gradient(function, logits):
 
 
 def balance(kind, k=3, num_true=5, padding=None):
-    return lambda logits: balance_loss(
-        logits, select(logits, num_true, k, "true_experts", padding), kind, padding
-    )
+    return lambda logits: balance_loss(logits, select(logits, num_true, k, "true_experts", padding), kind, padding)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,9 +22,7 @@ def logits_of(kind: str, experts: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["ordinary", "tied", "underflowing", "nearly_equal"])
 @pytest.mark.parametrize(("experts", "k"), SHAPES)
-@pytest.mark.parametrize(
-    ("mode", "pre_softmax"), [("true_experts", False), ("all_selected", False), ("none", True)]
-)
+@pytest.mark.parametrize(("mode", "pre_softmax"), [("true_experts", False), ("all_selected", False), ("none", True)])
 def test_selection_without_null_experts_is_megatrons_bit_for_bit(mode, pre_softmax, experts, k, kind):
     ours = logits_of(kind, experts).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()

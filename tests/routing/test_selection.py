@@ -34,11 +34,7 @@ def check_gradient(logits, num_true, k, mode, padding):
 
     def task_loss(rows):
         table = reference.all_weights(rows, num_true, k, mode, pads)
-        return sum(
-            g * w
-            for gs, ws in zip(cotangent.tolist(), table, strict=True)
-            for g, w in zip(gs, ws, strict=True)
-        )
+        return sum(g * w for gs, ws in zip(cotangent.tolist(), table, strict=True) for g, w in zip(gs, ws, strict=True))
 
     expected = torch.tensor(reference.gradient(task_loss, logits.tolist()), dtype=torch.float64)
     torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=1e-8)
@@ -54,9 +50,7 @@ def test_weights_equal_the_reference_for_every_k(num_null, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("num_null", "k"), [(0, 1), (0, 2), (0, 8), (1, 3), (8, 1), (8, 3), (8, 16), (16, 4)]
-)
+@pytest.mark.parametrize(("num_null", "k"), [(0, 1), (0, 2), (0, 8), (1, 3), (8, 1), (8, 3), (8, 16), (16, 4)])
 def test_gradient_equals_the_reference(num_null, k, mode):
     logits = distinct_logits(3, 8 + num_null, seed=num_null + k)
     check_gradient(logits, 8, k, mode, None)
@@ -83,9 +77,7 @@ def test_any_shape_equals_the_reference(num_true, num_null, tokens, mode, seed, 
 def test_gradcheck(mode):
     logits = distinct_logits(4, 10, seed=3).requires_grad_()
     padding = torch.tensor([False, False, True, False])
-    assert torch.autograd.gradcheck(
-        lambda x: select(x, 5, 4, mode, padding).probs_TE, logits, check_grad_dtypes=True
-    )
+    assert torch.autograd.gradcheck(lambda x: select(x, 5, 4, mode, padding).probs_TE, logits, check_grad_dtypes=True)
 
 
 def test_the_layer_output_is_the_weighted_sum_of_expert_outputs():
