@@ -73,7 +73,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as problem:
-        raise UserError(f"--config {path}: not valid YAML: {problem}") from None
+        where = str(problem).replace('"<unicode string>"', "it")
+        raise UserError(f"--config {path}: not valid YAML: {where}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -85,7 +85,7 @@ class MoEConfig:
     shared_expert_hidden_size: int | None = key(
         None, "Inner width of a shared expert that every token uses besides; null: none.", at_least=1
     )
-    layer_frequency: int = key(1, "Every how manieth layer is an MoE layer (1: all).", at_least=1)
+    layer_frequency: int = key(1, "One layer in so many is an MoE layer, the last of each group (1: all).", at_least=1)
     reference_top_k: int | None = key(
         None,
         "Experts a token in the model that expert_flops_saved compares with; null: top_k where m = 0, else 2.",

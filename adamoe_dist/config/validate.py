@@ -147,6 +147,28 @@ def _check_data(config: Config, problems: list[str]) -> None:
             problem = _data_entry_problem(entry)
             if problem:
                 problems.append(f"data.{name}[{number}]={entry!r} {problem}")
+                return
+    if data.prepare.input:
+        _check_preparation(config, problems)
+
+
+def _check_preparation(config: Config, problems: list[str]) -> None:
+    """What is prepared first must be what the run then opens."""
+    data = config.data
+    train = [entry["path"] for entry in data.train]
+    validation = [entry["path"] for entry in data.validation]
+    base = train[0].removesuffix("_train") if len(train) == 1 else ""
+    if len(train) != 1 or not train[0].endswith("_train") or validation not in ([], [f"{base}_validation"]):
+        problems.append(
+            f"data.prepare.input={data.prepare.input} makes one training set PREFIX_train and one validation set "
+            f"PREFIX_validation, but data.train is {train} and data.validation is {validation}; name them so, or "
+            "set data.prepare.input=[] and prepare them with tools/prepare_data.py"
+        )
+    elif validation and data.prepare.validation_fraction == 0:
+        problems.append(
+            f"data.prepare.validation_fraction=0 makes no {validation[0]}, which data.validation names; raise it or "
+            "set data.validation=[]"
+        )
 
 
 def _data_entry_problem(entry: dict[str, Any]) -> str | None:
@@ -162,14 +184,10 @@ def _data_entry_problem(entry: dict[str, Any]) -> str | None:
 
 
 def _check_training(config: Config, problems: list[str]) -> None:
-    schedule, total = config.schedule, config.total_steps
+    total = config.total_steps
     if total < config.train.steps:
         problems.append(
             f"schedule.total_steps={total} is less than train.steps={config.train.steps}; raise it or lower train.steps"
-        )
-    if schedule.warmup_steps > total:
-        problems.append(
-            f"schedule.warmup_steps={schedule.warmup_steps} is more than the {total} steps of the schedule; lower it"
         )
     if config.optimizer.type == "sgd" and config.optimizer.implementation == "apex":
         problems.append("optimizer.implementation=apex is for optimizer.type=adamw; with sgd use auto or torch")

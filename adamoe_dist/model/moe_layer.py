@@ -66,6 +66,13 @@ class AdaMoELayer(MoELayer):
         if isinstance(self.experts, GroupedExperts):
             self.experts.initialize(self.config.seed, layer_number)
 
+    def set_balance_coefficient(self, coefficient: float) -> None:
+        """Set alpha of the balance loss for the steps that follow."""
+        if isinstance(self.router, AdaMoERouter):
+            self.router.balance_coefficient = coefficient
+        elif self.config.moe.router.balance.type != "none":
+            self.config.moe_aux_loss_coeff = coefficient * self.config.moe.top_k
+
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Plan the dispatch as Megatron does, and count what it sends to other ranks."""
         planned: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)

@@ -1,0 +1,130 @@
+"""What a run will hold and compute, from its configuration alone."""
+
+from dataclasses import dataclass
+
+from adamoe_dist.config import Config, Resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameter counts of a model.
+
+    ``dense`` weights are on every rank; ``expert`` weights (all layers, all true experts) are spread over the
+    expert-parallel ranks.
+    """
+
+    dense: int
+    expert: int
+    embedding: int
+    one_expert: int
+    moe_layers: int
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return self.dense + self.expert
+
+    def active(self, true_experts_per_token: float) -> int:
+        """Weights that an average token uses."""
+        return self.dense + round(self.moe_layers * true_experts_per_token * self.one_expert)
+
+
+def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
+    """Count the weights of the model that :func:`adamoe_dist.model.build_model` builds."""
+    model, moe = config.model, config.moe
+    width, heads = model.hidden_size, model.num_attention_heads
+    groups = model.num_query_groups or heads
+    attention = width * width * 2 + 2 * width * (width // heads) * groups
+    moe_layers = model.num_layers // moe.layer_frequency
+    null_rows = 1 if moe.num_null_experts and moe.router.null_init == "shared" else moe.num_null_experts
+    router = (moe.num_experts + null_rows) * width
+    shared = 3 * width * (moe.shared_expert_hidden_size or 0)
+    feed_forward = 3 * width * (model.ffn_hidden_size or 4 * width)
+    embedding = padded_vocab_size * width
+    one_expert = 3 * width * moe.expert_hidden_size
+    return Parameters(
+        dense=embedding * (1 if model.tie_embeddings else 2)
+        + model.num_layers * (attention + 2 * width)
+        + moe_layers * (router + shared)
+        + (model.num_layers - moe_layers) * feed_forward
+        + width,
+        expert=moe_layers * moe.num_experts * one_expert,
+        embedding=embedding,
+        one_expert=one_expert,
+        moe_layers=moe_layers,
+    )
+
+
+def expected_load(config: Config) -> float:
+    """Return the true experts a token at perfect balance: k n / (n + m)."""
+    moe = config.moe
+    return moe.top_k * moe.num_experts / (moe.num_experts + moe.num_null_experts)
+
+
+def flops_per_token(config: Config, parameters: Parameters, true_experts_per_token: float) -> float:
+    """Return floating-point operations of training on one token: forward and backward, 3 x the forward.
+
+    A multiply-add counts 2. The embedding look-up counts nothing, the output layer does; attention scores and values
+    count the causal half.
+    """
+    products = parameters.active(true_experts_per_token)
+    if not config.model.tie_embeddings:
+        products -= parameters.embedding
+    attention = 2 * config.model.num_layers * config.model.sequence_length * config.model.hidden_size
+    return 3.0 * (2 * products + attention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of a rank's training state, activations and buffers of communication left out."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def rank_memory(config: Config, resolved: Resolved, parameters: Parameters, precision: str) -> RankMemory:
+    """Return the bytes of training state on one rank.
+
+    Weights are held in the compute precision. Stage 1 keeps the whole gradient (in bf16 with an fp32 accumulator
+    besides), stage 2 this rank's shard in fp32. fp32 masters and AdamW's two moments are sharded in both.
+    """
+    local_expert = parameters.expert / resolved.expert_parallel
+    local = parameters.dense + local_expert
+    shard = parameters.dense / resolved.data_parallel + local_expert / resolved.expert_data_parallel
+    weight_bytes = 2 if precision == "bf16" else 4
+    whole_gradient = 2 + 4 if precision == "bf16" else 4
+    moments = 8 if config.optimizer.type == "adamw" else 0
+    return RankMemory(
+        weights=local * weight_bytes,
+        gradients=local * whole_gradient if config.zero.stage == 1 else shard * 4,
+        optimizer=shard * (4 + moments),
+    )
+
+
+def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, precision: str) -> list[str]:
+    """Return the arithmetic of a run, one fact a line, as ``--dry-run`` and the start-up report show it."""
+    parameters, load = count_parameters(config, padded_vocab_size), expected_load(config)
+    memory = rank_memory(config, resolved, parameters, precision)
+    train, moe = config.train, config.moe
+    return [
+        f"ranks: {resolved.world_size} = data {resolved.data_parallel} (experts: expert-parallel "
+        f"{resolved.expert_parallel} x expert-data {resolved.expert_data_parallel}); ZeRO stage {config.zero.stage}, "
+        f"{precision}",
+        f"batch: {train.global_batch_size} samples = {resolved.micro_batch_size} a micro-batch x "
+        f"{resolved.micro_batches_per_rank} accumulated x {resolved.data_parallel} data-parallel ranks; "
+        f"{resolved.tokens_per_step} tokens a step, {resolved.tokens_per_step * train.steps} in {train.steps} steps",
+        f"experts: {moe.num_experts} true + {moe.num_null_experts} null, top_k={moe.top_k}: "
+        f"{load:.2f} true experts a token at balance, {moe.num_experts // resolved.expert_parallel} a rank, in "
+        f"{parameters.moe_layers} of {config.model.num_layers} layers",
+        f"parameters: {parameters.total:,} total, {parameters.active(load):,} active a token at that load "
+        f"(vocabulary {padded_vocab_size})",
+        f"training state a rank: {memory.total / 2**30:.3f} GiB = weights {memory.weights / 2**30:.3f} + gradients "
+        f"{memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f} (activations not counted)",
+        f"compute: {flops_per_token(config, parameters, load) / 1e6:.2f} MFLOP a token, forward and backward",
+    ]

@@ -1,0 +1,102 @@
+"""The training command: its arguments, and what a refusal looks like under a launcher."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adamoe_dist.config import Config, load_config, resolve
+from adamoe_dist.console import ToolParser, fail, say
+from adamoe_dist.errors import EXIT_NUMERICAL_ERROR, EXIT_USER_ERROR, NumericalError, UserError
+
+DEFAULT_CONFIG = Path("configs/quickstart.yaml")
+REFUSAL_HEAD_START_S = 10.0
+
+
+def pretrain(argv: list[str], default_config: Path = DEFAULT_CONFIG) -> int:
+    """Train as the command line says and return the exit code (0, 2, 3, 130 or 143).
+
+    Args:
+        argv: arguments after the program's name.
+        default_config: configuration used without ``--config``.
+    """
+    return _guarded(lambda: _run(argv, default_config))
+
+
+def _parser(default_config: Path) -> ToolParser:
+    parser = ToolParser("Train an AdaMoE language model. Start it with deepspeed, torchrun, or as one process.")
+    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's arithmetic, stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML, stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, metavar="N", help="accepted from launchers, ignored")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to override; values are YAML")
+    return parser
+
+
+def _run(argv: list[str], default_config: Path) -> int:
+    options = _parser(default_config).parse_intermixed_args(argv)
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        resolve(config, _world_size())
+        if _rank() == 0:
+            say(config.to_yaml().rstrip())
+        return 0
+    if options.dry_run:
+        return _dry_run(config)
+    resolved = resolve(config, _world_size())
+    from adamoe_dist import platform
+
+    platform.prepare()
+    from adamoe_dist.training.session import train
+
+    return train(config, resolved)
+
+
+def _dry_run(config: Config) -> int:
+    resolved = resolve(config, _world_size())
+    from adamoe_dist import platform
+    from adamoe_dist.data import Tokenizer
+    from adamoe_dist.planning import describe_run
+
+    path = Path(config.data.tokenizer)
+    if path.exists() or not config.data.prepare.input:
+        vocabulary = Tokenizer.load(path).vocab_size
+    else:
+        vocabulary = config.data.prepare.vocab_size
+    multiple = config.model.vocab_size_multiple
+    precision = platform.default_precision() if config.train.precision == "auto" else config.train.precision
+    if _rank() == 0:
+        for line in describe_run(config, resolved, -(-vocabulary // multiple) * multiple, precision):
+            say(line)
+        say("dry run: nothing was trained")
+    return 0
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    """Turn the two kinds of refusal into one line on rank 0 and an exit code on every rank."""
+    try:
+        return action()
+    except UserError as refusal:
+        return _refuse(refusal, EXIT_USER_ERROR)
+    except NumericalError as stop:
+        return _refuse(stop, EXIT_NUMERICAL_ERROR)
+
+
+def _refuse(problem: Any, code: int) -> int:
+    if _rank() == 0:
+        fail(str(problem))
+    else:
+        # A launcher ends every rank once one has left; rank 0 must have printed by then.
+        time.sleep(REFUSAL_HEAD_START_S)
+    sys.stdout.flush()
+    return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

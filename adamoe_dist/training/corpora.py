@@ -1,0 +1,94 @@
+"""The data of a run: prepared first where it is missing and may be, then opened and checked."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from adamoe_dist.config import Config
+from adamoe_dist.data import (
+    BlendedSamples,
+    TokenDataset,
+    Tokenizer,
+    iterate_documents,
+    prepare_corpus,
+    train_tokenizer,
+    validate_inputs,
+)
+from adamoe_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    train: BlendedSamples
+    validation: list[TokenDataset]
+
+
+def prepare_missing(config: Config) -> None:
+    """Train the tokenizer and cut the text of ``data.prepare.input`` where the run's files are missing.
+
+    Call it on one process only. Without ``data.prepare.input`` it does nothing, and opening the data says what is
+    missing.
+
+    Raises:
+        UserError: the texts cannot be used.
+    """
+    settings = config.data.prepare
+    if not settings.input:
+        return
+    base = config.data.train[0]["path"].removesuffix("_train")
+    has_tokenizer = Path(config.data.tokenizer).exists()
+    if has_tokenizer and Path(f"{base}_train.json").is_file():
+        return
+    validate_inputs(settings.input)
+    if not has_tokenizer:
+        logger.info("data.tokenizer=%s is missing: training it on %s", config.data.tokenizer, settings.input)
+        summary = train_tokenizer(iterate_documents(settings.input), settings.vocab_size, config.data.tokenizer)
+        logger.info("tokenizer: %s", summary)
+    if not Path(f"{base}_train.json").is_file():
+        logger.info("data.train=%s_train is missing: preparing it from %s", base, settings.input)
+        prepared = prepare_corpus(
+            settings.input,
+            Tokenizer.load(config.data.tokenizer),
+            base,
+            workers=settings.workers or len(os.sched_getaffinity(0)),
+            validation_fraction=settings.validation_fraction,
+        )
+        logger.info("prepared %d training tokens in %.0f s", prepared.train.tokens, prepared.seconds)
+
+
+def open_corpora(config: Config) -> Corpora:
+    """Open the tokenizer and every data set, and check that they belong together.
+
+    Raises:
+        UserError: a file is missing or damaged, the tokenizer is not the one that made the data, or there is not enough
+            data for one batch.
+    """
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    length, seed = config.model.sequence_length, config.run.seed
+    train = [TokenDataset(entry["path"], length, seed) for entry in config.data.train]
+    validation = [TokenDataset(entry["path"], length, seed, shuffle=False) for entry in config.data.validation]
+    for name, datasets in (("train", train), ("validation", validation)):
+        for number, dataset in enumerate(datasets):
+            _check_tokenizer(f"data.{name}[{number}]", dataset, tokenizer, config.data.tokenizer)
+    samples = sum(len(dataset) for dataset in train)
+    if samples < config.train.global_batch_size:
+        raise UserError(
+            f"data.train holds {samples} samples of model.sequence_length={length} tokens, not enough for one batch of "
+            f"train.global_batch_size={config.train.global_batch_size}; add text or lower one of the two"
+        )
+    weights = [float(entry.get("weight", 1.0)) for entry in config.data.train]
+    return Corpora(tokenizer, BlendedSamples(train, weights, seed), validation)
+
+
+def _check_tokenizer(key: str, dataset: TokenDataset, tokenizer: Tokenizer, path: str) -> None:
+    if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{key} was prepared with another tokenizer ({dataset.tokenizer_fingerprint[:12]}) than data.tokenizer="
+            f"{path} ({tokenizer.fingerprint[:12]}); name the one that prepared it, or prepare the data again"
+        )

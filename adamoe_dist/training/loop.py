@@ -1,0 +1,140 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from adamoe_dist import platform
+from adamoe_dist.config import Config, Resolved
+from adamoe_dist.data import BatchStream
+from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
+from adamoe_dist.model import LanguageModel
+from adamoe_dist.parallel import TrainingEngine
+from adamoe_dist.training.callback import Callback, StepResult
+from adamoe_dist.training.schedules import balance_coefficient, learning_rate
+
+EXIT_CODES = {signal.SIGTERM: EXIT_TERMINATED, signal.SIGINT: EXIT_INTERRUPTED}
+
+
+class Trainer:
+    """Runs optimizer steps and calls the callbacks; what they need is public.
+
+    Attributes:
+        config: the tree.
+        resolved: its arithmetic.
+        engine: the model under ZeRO.
+        model: the model itself.
+        batches: this rank's data.
+        rank: this process's global rank.
+        device: where the model is.
+        step: optimizer steps done.
+        tokens_seen: tokens trained on, over all ranks.
+        stop_signal: the signal that asked the run to stop, if any.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        engine: TrainingEngine,
+        model: LanguageModel,
+        batches: BatchStream,
+        rank: int,
+        device: torch.device,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.config = config
+        self.resolved = resolved
+        self.engine = engine
+        self.model = model
+        self.batches = batches
+        self.rank = rank
+        self.device = device
+        self.callbacks = callbacks
+        self.step = 0
+        self.tokens_seen = 0
+        self.stop_signal: signal.Signals | None = None
+        self._received: signal.Signals | None = None
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether no step follows."""
+        return self.step >= self.config.train.steps or self.stop_signal is not None
+
+    def run(self) -> int:
+        """Train to ``train.steps`` and return the exit code: 0, or that of the signal that stopped the run.
+
+        Raises:
+            NumericalError: the loss or the gradient norm is NaN or infinite.
+        """
+        previous = {number: signal.signal(number, self._note_signal) for number in EXIT_CODES}
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            while not self.is_last_step:
+                result = self._train_step()
+                for callback in self.callbacks:
+                    callback.after_step(self, result)
+            for callback in self.callbacks:
+                callback.on_finish(self)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return 0 if self.stop_signal is None else EXIT_CODES[self.stop_signal]
+
+    def _train_step(self) -> StepResult:
+        started = time.perf_counter()
+        rate = learning_rate(self.config, self.step)
+        self._prepare_layers()
+        self.engine.train()
+        first_sample = self.batches.consumed_samples
+        micro_batches = self.batches.next_step()
+        total = torch.zeros((), device=self.device)
+        for tokens in micro_batches:
+            loss = self.engine(tokens.to(self.device, non_blocking=True)).mean()
+            self.engine.backward(loss, len(micro_batches))
+            total += loss.detach() / len(micro_batches)
+        lm_loss = self._agree(total)
+        self._require_finite("loss", lm_loss, first_sample)
+        self.engine.set_learning_rate(rate)
+        self.engine.step()
+        norm = self.engine.gradient_norm()
+        self._require_finite("gradient norm", norm, first_sample)
+        self.step += 1
+        self.tokens_seen += self.resolved.tokens_per_step
+        platform.synchronize()
+        return StepResult(self.step, lm_loss, norm, rate, time.perf_counter() - started)
+
+    def _prepare_layers(self) -> None:
+        coefficient = balance_coefficient(self.config, self.step)
+        for layer in self.model.moe_layers:
+            layer.counters.reset()
+            layer.set_balance_coefficient(coefficient)
+
+    def _agree(self, loss: torch.Tensor) -> float:
+        """Return the mean loss over ranks, and agree on whether a signal asks to stop."""
+        received = torch.zeros(len(EXIT_CODES), dtype=torch.float64, device=self.device)
+        if self._received is not None:
+            received[list(EXIT_CODES).index(self._received)] = 1.0
+        shared = torch.cat([loss.double().view(1), received])
+        dist.all_reduce(shared)
+        for number, count in zip(EXIT_CODES, shared[1:].tolist(), strict=True):
+            if count > 0:
+                self.stop_signal = number
+        return float(shared[0]) / self.resolved.data_parallel
+
+    def _require_finite(self, name: str, value: float, first_sample: int) -> None:
+        if not math.isfinite(value):
+            last = first_sample + self.config.train.global_batch_size - 1
+            raise NumericalError(
+                f"the {name} of step {self.step + 1} is {value}; its batch is samples {first_sample} to {last} of the "
+                "data order; lower optimizer.learning_rate or resume from the last checkpoint"
+            )
+
+    def _note_signal(self, number: int, _: FrameType | None) -> None:
+        self._received = signal.Signals(number)

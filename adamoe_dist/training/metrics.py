@@ -1,0 +1,89 @@
+"""The metrics of a logged step, reduced over all ranks so that they do not depend on how the run is cut."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from adamoe_dist import platform
+from adamoe_dist.routing import RoutingStatistics, read_vector
+from adamoe_dist.training.callback import StepResult
+from adamoe_dist.training.loop import Trainer
+
+Record = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """Routing of one MoE layer in one step."""
+
+    true_experts_per_token: float
+    null_share: float
+    all_null_share: float
+    expert_load_max_over_mean: float
+
+
+def layer_vectors(trainer: Trainer) -> torch.Tensor:
+    """Return each MoE layer's counters summed over all ranks, (layers, sums), fp64. Collective."""
+    vectors = torch.stack([layer.counters.vector(trainer.device) for layer in trainer.model.moe_layers])
+    dist.all_reduce(vectors)
+    return vectors
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the largest peak memory of any rank, in GiB. Collective."""
+    peak = torch.tensor(platform.peak_memory_gib(), dtype=torch.float64, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return float(peak)
+
+
+def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[Record, list[LayerRecord]]:
+    """Build the metrics of one step and of each MoE layer in it. Collective.
+
+    ``balance_loss`` and ``z_loss`` are means over layers and micro-batches, coefficients included: the balance loss is
+    top_k x alpha at perfect balance. ``dispatch_rows`` and ``dispatch_bytes`` are sums over the step: all layers,
+    micro-batches and ranks, forward only, to other ranks only.
+
+    Args:
+        trainer: the loop.
+        result: the step.
+        seconds: time of a step, averaged since the last logged one.
+    """
+    num_experts = trainer.config.moe.num_experts
+    vectors = layer_vectors(trainer)
+    sums, routing = read_vector(vectors.sum(dim=0), num_experts)
+    micro_batches = max(sums["micro_batches"], 1.0)
+    overall = routing_shares(routing, trainer.config.moe.top_k)
+    record: Record = {
+        "step": result.step,
+        "tokens_seen": trainer.tokens_seen,
+        "lm_loss": result.lm_loss,
+        "balance_loss": sums["balance_loss"] / micro_batches,
+        "z_loss": sums["z_loss"] / micro_batches,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "step_time_s": seconds,
+        "tokens_per_second": trainer.resolved.tokens_per_step / seconds,
+        "true_experts_per_token": overall.true_experts_per_token,
+        "null_share": overall.null_share,
+        "all_null_share": overall.all_null_share,
+        "dispatch_rows": round(sums["dispatch_rows"]),
+        "dispatch_bytes": round(sums["dispatch_bytes"]),
+        "dispatch_rows_undeduplicated": round(sums["dispatch_rows_undeduplicated"]),
+        "expert_flops_saved": 1.0 - overall.true_experts_per_token / trainer.config.moe.resolved_reference_top_k,
+        "memory_peak_gib": peak_memory_gib(trainer.device),
+    }
+    layers = [routing_shares(read_vector(vector, num_experts)[1], trainer.config.moe.top_k) for vector in vectors]
+    return record, layers
+
+
+def routing_shares(routing: RoutingStatistics, top_k: int) -> LayerRecord:
+    """Turn counts into the load, the null shares and the expert imbalance."""
+    tokens = max(int(routing.real_tokens), 1)
+    true_slots, rows_E = int(routing.true_slots), routing.expert_counts_E
+    return LayerRecord(
+        true_experts_per_token=true_slots / tokens,
+        null_share=int(routing.null_slots) / (tokens * top_k),
+        all_null_share=int(routing.all_null_tokens) / tokens,
+        expert_load_max_over_mean=int(rows_E.max()) * len(rows_E) / max(true_slots, 1),
+    )

@@ -1,0 +1,52 @@
+"""A short text from the model in training."""
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from adamoe_dist.data import TextTokenizer
+from adamoe_dist.training.callback import Callback
+from adamoe_dist.training.loop import Trainer
+from adamoe_dist.training.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+TEMPERATURE = 0.8
+
+
+@torch.no_grad()
+def sample_text(trainer: Trainer, tokenizer: TextTokenizer, prompt: str, new_tokens: int) -> str:
+    """Continue ``prompt`` by ``new_tokens`` tokens. Collective: ranks share experts, so all of them compute.
+
+    Tokens are drawn on rank 0 from a generator seeded by ``run.seed`` and the step, and shared.
+    """
+    trainer.engine.eval()
+    generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.step)
+    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod_id]], device=trainer.device)
+    for _ in range(new_tokens):
+        window = ids[:, -trainer.config.model.sequence_length :]
+        scores_V = trainer.model.logits(window)[0, -1, : tokenizer.vocab_size].cpu()
+        drawn = torch.multinomial(torch.softmax(scores_V / TEMPERATURE, dim=0), 1, generator=generator)
+        drawn = drawn.to(trainer.device)
+        dist.broadcast(drawn, src=0)
+        ids = torch.cat([ids, drawn.view(1, 1)], dim=1)
+    trainer.engine.train()
+    return tokenizer.decode(ids[0].tolist())
+
+
+class SampleWriter(Callback):
+    """Generates a text at the end of the run, logs it and adds it to TensorBoard."""
+
+    def __init__(self, tokenizer: TextTokenizer, recorder: Recorder) -> None:
+        self._tokenizer = tokenizer
+        self._recorder = recorder
+
+    def on_finish(self, trainer: Trainer) -> None:
+        """Generate, unless a signal ended the run."""
+        monitor = trainer.config.monitor
+        if monitor.sample_tokens == 0 or trainer.stop_signal is not None:
+            return
+        text = sample_text(trainer, self._tokenizer, monitor.sample_prompt, monitor.sample_tokens)
+        logger.info("sample, continuing %r:\n%s", monitor.sample_prompt, text)
+        if self._recorder.tensorboard:
+            self._recorder.tensorboard.write_text("sample", text, trainer.step)

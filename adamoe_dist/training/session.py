@@ -1,0 +1,138 @@
+"""One training run from its configuration to its exit code: check, build, restore, train."""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from adamoe_dist import platform
+from adamoe_dist.checkpoint import check_compatible, find_checkpoint
+from adamoe_dist.config import Config, Resolved
+from adamoe_dist.data import BatchStream
+from adamoe_dist.model import BuiltModel, build_model, padded_vocab_size
+from adamoe_dist.parallel import (
+    Launch,
+    TrainingEngine,
+    check_port,
+    choose_implementation,
+    destroy_groups,
+    initialize_groups,
+)
+from adamoe_dist.planning import describe_run
+from adamoe_dist.training.checkpointing import CheckpointWriter, restore
+from adamoe_dist.training.corpora import Corpora, open_corpora, prepare_missing
+from adamoe_dist.training.loop import Trainer
+from adamoe_dist.training.recorder import Recorder
+from adamoe_dist.training.run_directory import check_run_directory, checkpoint_root, create_run_directory, environment
+from adamoe_dist.training.sampling import SampleWriter
+from adamoe_dist.training.summary import Summary
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, resolved: Resolved) -> int:
+    """Train and return the exit code.
+
+    Rank 0 checks files and prepares missing data while the others wait for it to open the process group, so that a
+    refusal comes once and before any group exists.
+
+    Raises:
+        UserError: something that the run needs is missing or does not fit.
+        NumericalError: the loss or the gradient became NaN or infinite.
+    """
+    launch = Launch.from_environment()
+    _log_to_console(launch)
+    if launch.rank == 0:
+        _check_before_groups(config, launch)
+    platform.limit_threads()
+    initialize_groups(launch, resolved)
+    try:
+        return _train_in_groups(config, resolved, launch)
+    finally:
+        destroy_groups()
+
+
+def _check_before_groups(config: Config, launch: Launch) -> None:
+    check_port(launch)
+    check_run_directory(config)
+    choose_implementation(config)
+    source = _start_checkpoint(config)
+    prepare_missing(config)
+    corpora = open_corpora(config)
+    if source is not None:
+        check_compatible(source, config.to_dict(), corpora.tokenizer.fingerprint)
+    create_run_directory(config)
+    _log_to_file(config.run_dir / "log.txt")
+
+
+def _start_checkpoint(config: Config) -> Path | None:
+    """Return the checkpoint that the run continues from or takes its weights from, if any."""
+    root = checkpoint_root(config)
+    return find_checkpoint(config.checkpoint.load_weights or config.checkpoint.resume, root)
+
+
+def _train_in_groups(config: Config, resolved: Resolved, launch: Launch) -> int:
+    corpora = open_corpora(config)
+    dtype = _dtype(config)
+    platform.seed_everything(config.run.seed, config.run.deterministic)
+    built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda())
+    engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
+    recorder = Recorder(corpora.validation)
+    callbacks = [
+        recorder,
+        CheckpointWriter(corpora.tokenizer.fingerprint, dtype),
+        SampleWriter(corpora.tokenizer, recorder),
+        Summary(recorder),
+    ]
+    batches = BatchStream(
+        corpora.train,
+        config.train.global_batch_size,
+        resolved.micro_batch_size,
+        launch.rank,
+        resolved.data_parallel,
+    )
+    device = platform.device(launch.local_rank)
+    trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, callbacks)
+    _report_start(config, resolved, corpora, built, dtype)
+    restore(trainer, _start_checkpoint(config))
+    try:
+        return trainer.run()
+    finally:
+        recorder.close()
+
+
+def _dtype(config: Config) -> torch.dtype:
+    precision = platform.default_precision() if config.train.precision == "auto" else config.train.precision
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: BuiltModel, dtype: torch.dtype) -> None:
+    packages = environment()["packages"]
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    logger.info("run %s in %s", config.run.name, config.run_dir)
+    logger.info("versions: %s", versions)
+    logger.info("device: %s, collectives: %s", platform.device_name(), platform.communication_backend())
+    logger.info("experts kernel: %s (%s)", built.experts_kernel, built.kernel_reason)
+    logger.info("optimizer: %s, %s (%s)", config.optimizer.type, *choose_implementation(config))
+    vocabulary = padded_vocab_size(corpora.tokenizer.vocab_size, config.model.vocab_size_multiple)
+    for line in describe_run(config, resolved, vocabulary, "bf16" if dtype == torch.bfloat16 else "fp32"):
+        logger.info("%s", line)
+
+
+def _log_to_console(launch: Launch) -> None:
+    """Rank 0 shows its log; the others, and the libraries, show warnings only."""
+    handler = logging.StreamHandler(sys.stdout if launch.rank == 0 else sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("adamoe_dist")
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
+    for library in ("DeepSpeed", "megatron.core", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _log_to_file(path: Path) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("adamoe_dist").addHandler(handler)

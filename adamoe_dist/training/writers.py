@@ -1,0 +1,88 @@
+"""Where metrics go: ``metrics.jsonl`` and TensorBoard. Both belong to rank 0."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from adamoe_dist.training.metrics import LayerRecord, Record
+
+TAGS = {
+    "lm_loss": "loss/lm",
+    "balance_loss": "loss/balance",
+    "z_loss": "loss/z",
+    "validation_loss": "loss/validation",
+    "validation_bits_per_byte": "loss/validation_bits_per_byte",
+    "grad_norm": "optimizer/grad_norm",
+    "learning_rate": "optimizer/learning_rate",
+    "step_time_s": "speed/step_time_s",
+    "tokens_per_second": "speed/tokens_per_second",
+    "memory_peak_gib": "speed/memory_peak_gib",
+    "true_experts_per_token": "routing/true_experts_per_token",
+    "null_share": "routing/null_share",
+    "all_null_share": "routing/all_null_share",
+    "expert_flops_saved": "routing/expert_flops_saved",
+    "dispatch_rows": "dispatch/rows",
+    "dispatch_rows_undeduplicated": "dispatch/rows_undeduplicated",
+    "dispatch_bytes": "dispatch/bytes",
+}
+
+
+class JsonlWriter:
+    """One JSON object a line, flushed."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Open ``path`` to add to; lines of steps after ``first_step`` (of a run that stopped later) are dropped."""
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+
+    def write(self, record: Record) -> None:
+        """Add one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """Return a line's step; a line cut off by a crash counts as later than any."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+class TensorBoardWriter:
+    """The same metrics as TensorBoard scalars, grouped, and the routing of each MoE layer."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Open ``directory``; events after ``first_step`` are hidden."""
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, record: Record, layers: list[LayerRecord]) -> None:
+        """Add one record and that of each MoE layer."""
+        step = int(record["step"])
+        for name, tag in TAGS.items():
+            if name in record:
+                self._writer.add_scalar(tag, record[name], step)
+        for number, layer in enumerate(layers):
+            self._writer.add_scalar(f"layers/true_experts_per_token/{number:02d}", layer.true_experts_per_token, step)
+            self._writer.add_scalar(f"layers/null_share/{number:02d}", layer.null_share, step)
+            self._writer.add_scalar(f"layers/all_null_share/{number:02d}", layer.all_null_share, step)
+            self._writer.add_scalar(f"layers/expert_max_over_mean/{number:02d}", layer.expert_load_max_over_mean, step)
+        self._writer.flush()
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Add a text."""
+        self._writer.add_text(tag, f"```\n{text}\n```", step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
