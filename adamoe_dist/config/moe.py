@@ -94,10 +94,3 @@ class MoEConfig:
     router: RouterConfig = section(RouterConfig, "Router.")
     dispatcher: DispatcherConfig = section(DispatcherConfig, "Dispatcher.")
     experts: ExpertsConfig = section(ExpertsConfig, "Expert kernels.")
-
-    @property
-    def resolved_reference_top_k(self) -> int:
-        """The top-k that ``expert_flops_saved`` compares with."""
-        if self.reference_top_k is not None:
-            return self.reference_top_k
-        return self.top_k if self.num_null_experts == 0 else 2

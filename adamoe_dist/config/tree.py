@@ -47,6 +47,13 @@ class Config:
         """The length that the learning rate and the annealing are laid out for."""
         return self.schedule.total_steps or self.train.steps
 
+    @property
+    def reference_top_k(self) -> int:
+        """The top-k that ``expert_flops_saved`` compares with."""
+        if self.moe.reference_top_k is not None:
+            return self.moe.reference_top_k
+        return self.moe.top_k if self.moe.num_null_experts == 0 else 2
+
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as plain mappings."""
         return dataclasses.asdict(self)

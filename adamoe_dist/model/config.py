@@ -68,7 +68,7 @@ def transformer_config(
         moe_router_load_balancing_type="aux_loss" if balanced else "none",
         moe_aux_loss_coeff=moe.router.balance.coefficient * moe.top_k if balanced else 0.0,
         moe_z_loss_coeff=(moe.router.z_loss_coefficient or None) if baseline else None,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=moe.dispatcher.type,
         moe=moe,
         experts_kernel=experts_kernel,
         seed=config.run.seed,

@@ -70,7 +70,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "dispatch_rows": round(sums["dispatch_rows"]),
         "dispatch_bytes": round(sums["dispatch_bytes"]),
         "dispatch_rows_undeduplicated": round(sums["dispatch_rows_undeduplicated"]),
-        "expert_flops_saved": 1.0 - overall.true_experts_per_token / trainer.config.moe.resolved_reference_top_k,
+        "expert_flops_saved": 1.0 - overall.true_experts_per_token / trainer.config.reference_top_k,
         "memory_peak_gib": peak_memory_gib(trainer.device),
     }
     layers = [routing_shares(read_vector(vector, num_experts)[1], trainer.config.moe.top_k) for vector in vectors]

@@ -37,7 +37,7 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
         lines.append(
             f"load: {record['true_experts_per_token']:.3f} true experts a token of top_k={moe.top_k} "
             f"(null share {record['null_share']:.1%}, tokens with null experts only {record['all_null_share']:.1%}); "
-            f"{record['expert_flops_saved']:.1%} of the expert FLOPs of top-{moe.resolved_reference_top_k} saved"
+            f"{record['expert_flops_saved']:.1%} of the expert FLOPs of top-{trainer.config.reference_top_k} saved"
         )
         lines.append(
             f"rows sent to other ranks in the last step: {record['dispatch_rows']}, un-deduplicated "

@@ -1,0 +1,126 @@
+import pytest
+
+from adamoe_dist.config import Config, config_from_dict, resolve
+from adamoe_dist.errors import UserError
+from tests.distributed.cases import merged
+
+BASE = {"data": {"tokenizer": "t", "train": [{"path": "p"}]}}
+
+
+def tree(**changes) -> Config:
+    return config_from_dict(merged(BASE, changes))
+
+
+def refusal(config: Config, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(config, world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_arithmetic_of_a_good_tree() -> None:
+    config = tree(train={"global_batch_size": 48, "micro_batch_size": 3}, parallel={"expert": 4})
+    resolved = resolve(config, 8)
+    assert (resolved.data_parallel, resolved.expert_parallel, resolved.expert_data_parallel) == (8, 4, 2)
+    assert resolved.micro_batches_per_rank == 2
+    assert resolved.micro_batches_per_step == 16
+    assert resolved.tokens_per_step == 48 * config.model.sequence_length
+
+
+@pytest.mark.parametrize(("world_size", "expert_parallel"), [(1, 1), (2, 2), (3, 1), (6, 2), (8, 8), (16, 8)])
+def test_auto_expert_parallelism_divides_ranks_and_experts(world_size: int, expert_parallel: int) -> None:
+    resolved = resolve(tree(train={"global_batch_size": 48}), world_size)
+    assert resolved.expert_parallel == expert_parallel
+
+
+def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> None:
+    short = tree(train={"global_batch_size": 24}, model={"sequence_length": 128})
+    assert resolve(short, 2).micro_batch_size == 12
+    long = tree(train={"global_batch_size": 24}, model={"sequence_length": 4096})
+    assert resolve(long, 2).micro_batch_size == 4
+    huge = tree(train={"global_batch_size": 24}, model={"sequence_length": 65536})
+    assert resolve(huge, 2).micro_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "expected"),
+    [
+        ({"moe": {"top_k": 17}}, 1, "moe.top_k=17 is more than the 16 experts"),
+        ({"parallel": {"expert": 3}}, 3, "parallel.expert=3 does not divide moe.num_experts=8"),
+        ({"parallel": {"expert": 2}}, 1, "parallel.expert=2 does not divide the world size 1"),
+        ({"parallel": {"expert": 4}}, 6, "does not divide the world size 6"),
+        ({"parallel": {"tensor": 2}}, 2, "parallel.tensor=2 is not supported"),
+        ({"parallel": {"pipeline": 2}}, 2, "parallel.pipeline=2 is not supported"),
+        ({"parallel": {"context": 2}}, 2, "parallel.context=2 is not supported"),
+        ({"parallel": {"expert_tensor": 2}}, 2, "parallel.expert_tensor=2 is not supported"),
+        ({"train": {"global_batch_size": 9}}, 2, "train.global_batch_size=9 does not divide over 2"),
+        ({"train": {"global_batch_size": 1}}, 2, "train.global_batch_size=1 does not divide over 2"),
+        (
+            {"train": {"global_batch_size": 12, "micro_batch_size": 5}},
+            2,
+            "train.micro_batch_size=5 x 2 data-parallel ranks does not divide train.global_batch_size=12",
+        ),
+        ({"model": {"num_attention_heads": 3}}, 1, "model.num_attention_heads=3 does not divide"),
+        ({"model": {"hidden_size": 12, "num_attention_heads": 4}}, 1, "odd head width"),
+        ({"model": {"num_query_groups": 3}}, 1, "model.num_query_groups=3 does not divide"),
+        ({"moe": {"layer_frequency": 5}}, 1, "moe.layer_frequency=5 leaves no MoE layer"),
+        ({"moe": {"router": {"type": "topk"}}}, 1, "moe.num_null_experts=8 needs moe.router.type=adamoe"),
+        (
+            {"moe": {"num_null_experts": 0, "router": {"type": "topk"}}},
+            1,
+            "moe.router.balance.type=null_averaged is AdaMoE's loss",
+        ),
+        (
+            {
+                "moe": {
+                    "num_null_experts": 0,
+                    "router": {"type": "topk", "normalize": "all_selected", "balance": {"type": "none"}},
+                }
+            },
+            1,
+            "moe.router.normalize=all_selected",
+        ),
+        ({"moe": {"router": {"balance": {"anneal_steps": 5}}}}, 1, "moe.router.balance.anneal_steps=5 does nothing"),
+        (
+            {"moe": {"router": {"balance": {"type": "none", "final_coefficient": 0.1}}}},
+            1,
+            "moe.router.balance.final_coefficient=0.1 does nothing",
+        ),
+        ({"data": {"train": []}}, 1, "data.train is empty"),
+        ({"data": {"tokenizer": ""}}, 1, "data.tokenizer is empty"),
+        ({"data": {"train": [{"weight": 1}]}}, 1, "needs a path"),
+        ({"data": {"train": [{"path": "p", "weight": -1}]}}, 1, "it must be a positive number"),
+        ({"data": {"train": [{"path": "p", "wieght": 1}]}}, 1, "has the unknown key wieght"),
+        ({"data": {"prepare": {"input": ["x"]}}}, 1, "data.prepare.input=['x'] makes one training set PREFIX_train"),
+        (
+            {
+                "data": {
+                    "train": [{"path": "a_train"}],
+                    "validation": [{"path": "a_validation"}],
+                    "prepare": {"input": ["x"], "validation_fraction": 0.0},
+                }
+            },
+            1,
+            "data.prepare.validation_fraction=0 makes no a_validation",
+        ),
+        ({"schedule": {"total_steps": 5}}, 1, "schedule.total_steps=5 is less than train.steps=100"),
+        ({"optimizer": {"type": "sgd", "implementation": "apex"}}, 1, "optimizer.implementation=apex is for"),
+        ({"checkpoint": {"load_weights": "x", "resume": "auto"}}, 1, "checkpoint.load_weights=x starts a new run"),
+        ({"zero": {"deepspeed": {"gradient_clipping": 2}}}, 1, "is set by train.gradient_clipping"),
+        ({"zero": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, 1, "is set by zero.stage"),
+    ],
+)
+def test_refusals(changes: dict, world_size: int, expected: str) -> None:
+    assert expected in refusal(tree(**changes), world_size)
+
+
+def test_problems_of_several_sections_come_together() -> None:
+    message = refusal(tree(moe={"top_k": 99}, train={"global_batch_size": 7}, model={"num_attention_heads": 5}), 2)
+    assert message.startswith("3 problems:")
+
+
+def test_reference_top_k_defaults() -> None:
+    assert tree(moe={"num_null_experts": 0, "top_k": 4}).reference_top_k == 4
+    assert tree(moe={"top_k": 4}).reference_top_k == 2
+    assert tree(moe={"reference_top_k": 3}).reference_top_k == 3
