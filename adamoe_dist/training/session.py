@@ -100,6 +100,7 @@ def _train_in_groups(config: Config, resolved: Resolved, launch: Launch) -> int:
         return trainer.run()
     finally:
         recorder.close()
+        engine.close()
 
 
 def _dtype(config: Config) -> torch.dtype:

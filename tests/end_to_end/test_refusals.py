@@ -1,0 +1,115 @@
+"""Bad input to the training command: exit code 2, one line, nothing built."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from adamoe_dist.training import pretrain
+from tests.end_to_end.conftest import deepspeed, one_process, run_command
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture
+def refused(workspace, monkeypatch, capfd):
+    """Run the command in this process and return its one line of refusal."""
+
+    def run(*arguments: str, world_size: int = 1) -> str:
+        monkeypatch.chdir(workspace)
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        code = pretrain(["--config", "small.yaml", *arguments])
+        lines = capfd.readouterr().err.splitlines()
+        assert code == 2, lines
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and not any("Traceback" in line for line in lines), lines
+        return errors[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "expected"),
+    [
+        (["train.stepz=3"], 1, "unknown key train.stepz; did you mean train.steps?"),
+        (["train.steps=lots"], 1, "train.steps='lots' must be a whole number"),
+        (["moe.top_k=17"], 1, "moe.top_k=17 is more than the 16 experts"),
+        (["parallel.expert=3"], 3, "parallel.expert=3 does not divide moe.num_experts=8"),
+        (["parallel.expert=2"], 1, "does not divide the world size 1"),
+        (["train.global_batch_size=10"], 4, "does not divide over 4"),
+        (["data.tokenizer=nowhere"], 1, "nowhere"),
+        (["data.train=[{path: nothing_train}]"], 1, "nothing_train"),
+        (["train.global_batch_size=1000000", "train.micro_batch_size=1"], 1, "not enough for one batch"),
+        (["model.sequence_length=10000000"], 1, "model.sequence_length"),
+        (["checkpoint.resume=nowhere"], 1, "nowhere"),
+        (["optimizer.implementation=apex"], 1, "optimizer.implementation=apex"),
+        (
+            [
+                "data.prepare.input=[no/such/text]",
+                "data.train=[{path: fresh_train}]",
+                "data.validation=[]",
+                "data.tokenizer=fresh_tokenizer",
+            ],
+            1,
+            "no/such/text",
+        ),
+        (["--config", "missing.yaml"], 1, "--config missing.yaml: no such file"),
+        (["--steps", "3"], 1, "unrecognized arguments: --steps"),
+    ],
+)
+def test_refused_before_anything_is_built(refused, arguments: list[str], world_size: int, expected: str) -> None:
+    assert expected in refused(*arguments, world_size=world_size)
+
+
+def test_tokenizer_that_did_not_prepare_the_data(workspace, refused) -> None:
+    train_another = [
+        "tools/train_tokenizer.py",
+        "--input",
+        str(workspace / "text"),
+        "--vocab-size",
+        "400",
+        "--output",
+        str(workspace / "other_tokenizer"),
+    ]
+    root = Path(__file__).resolve().parents[2]
+    if not (workspace / "other_tokenizer").exists():
+        assert run_command(["python", *train_another], root).returncode == 0
+    message = refused("data.tokenizer=other_tokenizer")
+    assert "data.train[0] was prepared with another tokenizer" in message
+
+
+def test_port_in_use(workspace, refused, monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        assert f"MASTER_PORT={port} cannot be opened" in refused("run.dir=runs/port")
+
+
+def test_run_directory_with_checkpoints_and_checkpoint_of_another_model(workspace, refused) -> None:
+    source = ["--config", "small.yaml", "run.dir=runs/first", "train.steps=1", "train.validation_samples=4"]
+    done = run_command(one_process(*source), workspace)
+    assert done.returncode == 0, done.stderr
+    assert "run.dir=runs/first already has checkpoints" in refused("run.dir=runs/first")
+    other = refused("run.dir=runs/first", "checkpoint.resume=auto", "moe.num_experts=4", "model.hidden_size=64")
+    assert "moe.num_experts" in other and "model.hidden_size" in other
+    assert "run.seed" in refused("run.dir=runs/first", "checkpoint.resume=auto", "run.seed=5")
+    broken = workspace / "runs" / "broken_copy"
+    shutil.copytree(workspace / "runs" / "first", broken)
+    (broken / "checkpoints" / "iter_0000001" / "manifest.json").unlink()
+    assert "broken_copy" in refused(f"checkpoint.resume={broken}", "run.dir=runs/new")
+
+
+def test_under_a_launcher_rank_0_says_it_once_and_the_code_is_2(workspace) -> None:
+    done = run_command(deepspeed(2, "--config", "small.yaml", "moe.top_k=99"), workspace)
+    assert done.returncode == 2
+    assert len(done.errors) == 1 and "moe.top_k=99" in done.errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_under_a_launcher_a_refused_file_does_not_leave_ranks_waiting(workspace) -> None:
+    done = run_command(deepspeed(2, "--config", "small.yaml", "data.tokenizer=nowhere"), workspace, timeout_s=90)
+    assert done.returncode == 2
+    assert len(done.errors) == 1 and "nowhere" in done.errors[0]

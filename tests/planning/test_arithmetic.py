@@ -1,0 +1,68 @@
+"""The arithmetic of --dry-run against models that are really built."""
+
+import pytest
+import torch
+
+from adamoe_dist.config import config_from_dict, resolve
+from adamoe_dist.planning import count_parameters, expected_load, flops_per_token, rank_memory
+from tests.distributed.cases import BASE, merged
+
+VOCAB = 128
+
+
+@pytest.fixture(scope="module")
+def groups():
+    from adamoe_dist import platform
+
+    platform.prepare()
+    from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
+
+    config = config_from_dict(BASE)
+    initialize_groups(Launch(0, 0, 1), resolve(config, 1))
+    yield
+    destroy_groups()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": {"num_query_groups": 2, "tie_embeddings": True}},
+        {"moe": {"layer_frequency": 2, "shared_expert_hidden_size": 24}},
+        {"moe": {"num_null_experts": 0, "top_k": 2}},
+        {"moe": {"router": {"null_init": "shared"}}},
+    ],
+)
+def test_parameter_count_equals_the_built_model(groups, changes: dict) -> None:
+    from adamoe_dist.model import build_model
+
+    config = config_from_dict(merged(BASE, changes))
+    model = build_model(config, resolve(config, 1), VOCAB, torch.float32, cuda=False).model
+    counted = count_parameters(config, VOCAB)
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for p in model.parameters() if getattr(p, "is_expert", False))
+    assert counted.expert == experts
+
+
+def test_active_parameters_and_flops_follow_the_load() -> None:
+    config = config_from_dict(BASE)
+    counted = count_parameters(config, VOCAB)
+    assert expected_load(config) == 1.5
+    one_expert = 3 * config.model.hidden_size * config.moe.expert_hidden_size
+    assert counted.active(2.0) - counted.active(1.0) == config.model.num_layers * one_expert
+    assert flops_per_token(config, counted, 2.0) - flops_per_token(config, counted, 1.0) == (
+        6 * config.model.num_layers * one_expert
+    )
+
+
+def test_memory_of_a_rank_by_stage_and_layout() -> None:
+    config = config_from_dict(BASE)
+    counted = count_parameters(config, VOCAB)
+    two_ranks = resolve(config_from_dict(merged(BASE, {"parallel": {"expert": 2}})), 2)
+    memory = rank_memory(config, two_ranks, counted, "fp32")
+    local = counted.dense + counted.expert / 2
+    assert memory.weights == 4 * local and memory.gradients == 4 * local
+    assert memory.optimizer == 12 * (counted.dense / 2 + counted.expert / 2)
+    second = config_from_dict(merged(BASE, {"zero": {"stage": 2}}))
+    assert rank_memory(second, two_ranks, counted, "fp32").gradients == 4 * (counted.dense / 2 + counted.expert / 2)
+    assert rank_memory(config, two_ranks, counted, "bf16").weights == 2 * local
