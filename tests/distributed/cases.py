@@ -116,6 +116,7 @@ def train(
             outcome.losses.append(float(total) / resolved.data_parallel)
             outcome.norms.append(engine.gradient_norm())
         outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
+        engine.close()
         return outcome
     finally:
         destroy_groups()
