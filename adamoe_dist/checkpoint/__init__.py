@@ -1,0 +1,23 @@
+"""Checkpoints that survive any change of ranks: canonical tensors in Megatron-core's distributed format."""
+
+from adamoe_dist.checkpoint.agreement import CheckpointError
+from adamoe_dist.checkpoint.compatibility import check_compatible
+from adamoe_dist.checkpoint.directory import find_checkpoint, has_checkpoints, remove_leftovers
+from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
+from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.save import save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "check_compatible",
+    "find_checkpoint",
+    "has_checkpoints",
+    "load_checkpoint",
+    "load_weights",
+    "read_config",
+    "read_manifest",
+    "read_state",
+    "remove_leftovers",
+    "save_checkpoint",
+    "verify_files",
+]

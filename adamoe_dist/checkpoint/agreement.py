@@ -1,0 +1,52 @@
+"""Steps that succeed on every rank or fail on every rank."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from adamoe_dist.errors import UserError
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read because another rank failed; the message names the rank."""
+
+
+@contextlib.contextmanager
+def agreed(doing: str) -> Iterator[None]:
+    """Run a step on all ranks and leave it together.
+
+    The rank whose step failed raises its own exception. The others raise as well, so that nobody waits for it.
+
+    Args:
+        doing: what the step does, for the message.
+
+    Raises:
+        UserError: on all ranks, where it was the user's input that some rank refused.
+        CheckpointError: on the ranks that succeeded, where another failed.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    reports = gathered(None if problem is None else (isinstance(problem, UserError), _one_line(problem)))
+    if problem is not None:
+        raise problem
+    for rank, report in enumerate(reports):
+        if report is not None:
+            is_user_error, message = report
+            raise UserError(message) if is_user_error else CheckpointError(f"rank {rank} failed {doing}: {message}")
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return every rank's ``value``, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _one_line(problem: Exception) -> str:
+    message = " ".join(str(problem).split())
+    return message if isinstance(problem, UserError) else f"{type(problem).__name__}: {message}"

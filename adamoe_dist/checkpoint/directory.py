@@ -1,0 +1,144 @@
+"""Which checkpoints a directory holds, which one to continue from, and which to remove."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from adamoe_dist.checkpoint.manifest import find_incompleteness
+from adamoe_dist.errors import UserError
+
+POINTER = "latest_checkpointed_iteration.txt"
+SUBDIRECTORY = "checkpoints"
+UNFINISHED = ".tmp"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def directory_name(step: int) -> str:
+    """Return the directory name of a step's checkpoint."""
+    return f"iter_{step:07d}"
+
+
+def list_checkpoints(root: Path) -> dict[int, Path]:
+    """Return the checkpoint directories under ``root`` by step, in ascending order, complete or not."""
+    if not root.is_dir():
+        return {}
+    found = {int(match[1]): entry for entry in root.iterdir() if (match := _NAME.fullmatch(entry.name))}
+    return dict(sorted(found.items()))
+
+
+def has_checkpoints(root: Path) -> bool:
+    """Tell whether ``root`` holds a checkpoint, complete or not."""
+    return bool(list_checkpoints(root))
+
+
+def newest_complete(root: Path) -> Path | None:
+    """Return the checkpoint that the pointer file names, or the newest complete one where that is not complete."""
+    checkpoints = list_checkpoints(root)
+    named = _read_pointer(root)
+    candidates = [checkpoints[named]] if named in checkpoints else []
+    candidates += reversed(checkpoints.values())
+    return next((path for path in candidates if find_incompleteness(path) is None), None)
+
+
+def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> Path | None:
+    """Return the checkpoint that a configuration value means.
+
+    Args:
+        resume: ``none``; ``auto`` (the last complete checkpoint under ``root``, if any); or a path: a checkpoint, a
+            directory of checkpoints, or a run directory.
+        root: the directory of this run's checkpoints.
+        key: the configuration key, for messages.
+
+    Returns:
+        A complete checkpoint directory, or None for a new start.
+
+    Raises:
+        UserError: the path does not exist or has no complete checkpoint.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return newest_complete(root)
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"{key}={resume} is not a directory; give a checkpoint or a run directory")
+    if _NAME.fullmatch(path.name) or path.name.endswith(UNFINISHED):
+        problem = "its saving did not finish" if path.name.endswith(UNFINISHED) else find_incompleteness(path)
+        if problem is not None:
+            raise UserError(f"{key}={resume} is not a complete checkpoint ({problem}); choose another")
+        return path
+    inner = path / SUBDIRECTORY if (path / SUBDIRECTORY).is_dir() else path
+    found = newest_complete(inner)
+    if found is None:
+        raise UserError(f"{key}={resume} has no complete checkpoint; give a checkpoint or a run directory with one")
+    return found
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what savings that did not finish left under ``root``; one rank calls it."""
+    for entry in root.glob(f"*{UNFINISHED}"):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def publish(unfinished: Path, root: Path, step: int) -> Path:
+    """Give a finished directory its name and point to it; a reader sees the old state or the new one.
+
+    Args:
+        unfinished: the directory, its files on the disk.
+        root: the directory of checkpoints.
+        step: the checkpoint's step; an earlier checkpoint of the same step is replaced.
+
+    Returns:
+        The checkpoint directory.
+    """
+    final = root / directory_name(step)
+    _sync_directory(unfinished)
+    if final.exists():
+        _remove(final)
+    unfinished.rename(final)
+    pointer = root / (POINTER + UNFINISHED)
+    with pointer.open("w") as file:
+        file.write(str(step))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(root)
+    pointer.replace(root / POINTER)
+    _sync_directory(root)
+    return final
+
+
+def remove_older(root: Path, step: int, keep_last: int) -> None:
+    """Remove checkpoints before ``step`` so that ``keep_last`` are left, the one of ``step`` among them.
+
+    Later ones, left by a run that was continued from an earlier step, are not touched.
+    """
+    assert keep_last >= 1, f"keep_last={keep_last} would remove the checkpoint just saved"
+    earlier = [path for saved, path in list_checkpoints(root).items() if saved < step]
+    for path in earlier[: max(0, len(earlier) - (keep_last - 1))]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{path.name}.removed{UNFINISHED}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _read_pointer(root: Path) -> int | None:
+    pointer = root / POINTER
+    if not pointer.is_file():
+        return None
+    text = pointer.read_text(errors="replace").strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,131 @@
+"""Loading into any layout: every rank reads its part of the whole tensors."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from adamoe_dist import platform
+from adamoe_dist.checkpoint import tensors as names
+from adamoe_dist.checkpoint.agreement import agreed
+from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.zero import ZeroState
+from adamoe_dist.errors import UserError
+from adamoe_dist.parallel import TrainingEngine
+
+OFTEN = "the model or the optimizer is another one than the checkpoint's"
+
+
+def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
+    """Continue from a checkpoint; all ranks call it together.
+
+    Weights, moments and the step count are restored, whatever the number of ranks, the degrees, the ZeRO stage and the
+    precision that they were saved with. Random states are restored where the number of ranks is the same.
+
+    Args:
+        path: the checkpoint directory.
+        engine: of the same model and optimizer; it may have done steps or not.
+
+    Returns:
+        The state that was given to ``save_checkpoint``.
+
+    Raises:
+        UserError: a file is missing or damaged, or a tensor is missing, unexpected or of another shape.
+    """
+    shapes = _verified_shapes(path)
+    zero = ZeroState(engine)
+    wanted = _wanted_weights(zero) | _wanted_moments(zero)
+    with agreed(f"reading {path}"):
+        _check_shapes(path, wanted, shapes, ("model.", "optimizer."))
+        state = read_state(path)
+    random_states = _readable_random_states(shapes)
+    with agreed(f"reading tensors from {path}"):
+        loaded = names.read_tensors(path, wanted | random_states)
+    _set_weights(zero, loaded)
+    for name in zero.parameters:
+        for moment in zero.moments:
+            zero.set_moment(name, moment, loaded[names.moment_key(name, moment)])
+    if zero.moments:
+        zero.step = int(loaded[names.OPTIMIZER_STEP])
+    prefix = names.random_key("")
+    platform.restore_random_states({key.removeprefix(prefix): loaded[key].squeeze(0) for key in random_states})
+    return state
+
+
+def load_weights(path: Path, engine: TrainingEngine) -> None:
+    """Take a checkpoint's weights, and nothing else; all ranks call it together.
+
+    Args:
+        path: the checkpoint directory.
+        engine: of the same model.
+
+    Raises:
+        UserError: a file is missing or damaged, or a weight is missing, unexpected or of another shape.
+    """
+    shapes = _verified_shapes(path)
+    zero = ZeroState(engine)
+    wanted = _wanted_weights(zero)
+    with agreed(f"reading {path}"):
+        _check_shapes(path, wanted, shapes, ("model.",))
+    with agreed(f"reading tensors from {path}"):
+        loaded = names.read_tensors(path, wanted)
+    _set_weights(zero, loaded)
+
+
+def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Check all files, each rank some, and return the shapes of the tensors in them."""
+    with agreed(f"verifying {path}"):
+        files = sorted(read_manifest(path)["files"])
+        verify_files(path, files[dist.get_rank() :: dist.get_world_size()])
+        shapes = names.read_shapes(path)
+    return shapes
+
+
+def _wanted_weights(zero: ZeroState) -> dict[str, ShardedTensor]:
+    keys = {names.weight_key(name): parameter for name, parameter in zero.parameters.items()}
+    return {key: names.part_of_parameter(key, parameter) for key, parameter in keys.items()}
+
+
+def _wanted_moments(zero: ZeroState) -> dict[str, ShardedTensor]:
+    wanted: dict[str, ShardedTensor] = {}
+    for moment in zero.moments:
+        for name, parameter in zero.parameters.items():
+            key = names.moment_key(name, moment)
+            wanted[key] = names.part_of_parameter(key, parameter)
+    if zero.moments:
+        wanted[names.OPTIMIZER_STEP] = names.replicated(names.OPTIMIZER_STEP, torch.zeros(1, dtype=torch.int64))
+    return wanted
+
+
+def _readable_random_states(shapes: dict[str, tuple[int, ...]]) -> dict[str, ShardedTensor]:
+    """The random states of as many ranks and of the same kind of device as here."""
+    states = {names.random_key(device): state for device, state in platform.random_states().items()}
+    return {
+        key: names.part_by_rank(key, state)
+        for key, state in states.items()
+        if shapes.get(key) == (dist.get_world_size(), state.numel())
+    }
+
+
+def _check_shapes(
+    path: Path, wanted: dict[str, ShardedTensor], present: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]
+) -> None:
+    for key, part in wanted.items():
+        if key not in present:
+            raise UserError(f"checkpoint {path}: tensor {key} is missing; {OFTEN}")
+        if tuple(part.global_shape) != present[key]:
+            raise UserError(
+                f"checkpoint {path}: tensor {key} has shape {present[key]}, "
+                f"needed is {tuple(part.global_shape)}; {OFTEN}"
+            )
+    for key in present:
+        if key.startswith(prefixes) and key not in wanted:
+            raise UserError(f"checkpoint {path}: tensor {key} has no place here; {OFTEN}")
+
+
+def _set_weights(zero: ZeroState, loaded: dict[str, Any]) -> None:
+    for name in zero.parameters:
+        zero.set_weight(name, loaded[names.weight_key(name)])
+    zero.update_weights()

@@ -1,0 +1,106 @@
+"""Saving: all ranks write, one publishes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+from adamoe_dist import platform
+from adamoe_dist.checkpoint import tensors as names
+from adamoe_dist.checkpoint.agreement import agreed, gathered
+from adamoe_dist.checkpoint.directory import (
+    UNFINISHED,
+    directory_name,
+    publish,
+    remove_leftovers,
+    remove_older,
+)
+from adamoe_dist.checkpoint.manifest import CONFIG, MANIFEST, STATE, build_manifest, describe_file, write_json
+from adamoe_dist.checkpoint.zero import ZeroState
+from adamoe_dist.parallel import TrainingEngine
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    engine: TrainingEngine,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    keep_last: int | None,
+) -> Path:
+    """Save a checkpoint; all ranks call it together, between two steps.
+
+    It appears under its name when every rank has written its part, or not at all.
+
+    Args:
+        root: the directory of checkpoints, which all ranks see; made where it is missing.
+        step: the number of steps done.
+        engine: weights, moments and step count are taken from it.
+        state: what else the run needs to continue, plain JSON values; rank 0's is saved.
+        config: the resolved tree.
+        layout: how the run is cut, for the manifest.
+        keep_last: how many checkpoints to keep, this one among them; None keeps all.
+
+    Returns:
+        The checkpoint directory.
+
+    Raises:
+        CheckpointError: another rank failed; the failing rank raises what it met. No checkpoint appears.
+    """
+    unfinished, is_first = root / (directory_name(step) + UNFINISHED), dist.get_rank() == 0
+    with agreed(f"making {unfinished}"):
+        if is_first:
+            root.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(root)
+            unfinished.mkdir()
+    collected = collect_tensors(engine)
+    with agreed(f"writing tensors to {unfinished}"):
+        names.write_tensors(unfinished, collected)
+    with agreed(f"writing {unfinished / STATE}"):
+        if is_first:
+            write_json(unfinished / CONFIG, config)
+            write_json(unfinished / STATE, state)
+    files = _describe_files(unfinished)
+    with agreed(f"publishing {unfinished}"):
+        if is_first:
+            write_json(unfinished / MANIFEST, build_manifest(step, layout, files))
+            publish(unfinished, root, step)
+            if keep_last is not None:
+                remove_older(root, step, keep_last)
+    return root / directory_name(step)
+
+
+def collect_tensors(engine: TrainingEngine) -> dict[str, ShardedTensor]:
+    """Return the tensors of a checkpoint; data are in CPU memory, on the rank that writes each."""
+    zero = ZeroState(engine)
+    collected: dict[str, ShardedTensor] = {}
+
+    def add(key: str, parameter: torch.nn.Parameter, turn: int, value: torch.Tensor) -> None:
+        part = names.part_of_parameter(key, parameter, turn)
+        if is_main_replica(part.replica_id):
+            part.data = value.detach().cpu()
+        collected[key] = part
+
+    for turn, (name, parameter) in enumerate(zero.parameters.items()):
+        add(names.weight_key(name), parameter, turn, zero.weight(name))
+        for moment in zero.moments:
+            add(names.moment_key(name, moment), parameter, turn, zero.moment(name, moment))
+    if zero.moments:
+        collected[names.OPTIMIZER_STEP] = names.replicated(names.OPTIMIZER_STEP, torch.tensor([zero.step]))
+    for device, random_state in platform.random_states().items():
+        key = names.random_key(device)
+        collected[key] = names.part_by_rank(key, random_state)
+    return collected
+
+
+def _describe_files(path: Path) -> dict[str, dict[str, Any]]:
+    """Return size and hash of every file; each rank reads some of them."""
+    described = {}
+    with agreed(f"reading {path} again"):
+        listing = gathered(sorted(entry.name for entry in path.iterdir()))[0]
+        described = {name: describe_file(path / name) for name in listing[dist.get_rank() :: dist.get_world_size()]}
+    return {name: entry for part in gathered(described) for name, entry in part.items()}

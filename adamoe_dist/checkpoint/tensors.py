@@ -1,0 +1,188 @@
+"""The tensors of a checkpoint: their names, who holds which part, and Megatron-core's files.
+
+Names: ``model.<parameter>`` master weights, ``optimizer.exp_avg.<parameter>`` and ``optimizer.exp_avg_sq.<parameter>``
+Adam's moments, all fp32 and whole; experts of a layer are one tensor, stacked along axis 0 by global number.
+``optimizer.step`` (1,) int64. ``rng.<device>`` (ranks, n) uint8.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from adamoe_dist.checkpoint.agreement import CheckpointError
+from adamoe_dist.errors import UserError
+
+METADATA = ".metadata"
+OPTIMIZER_STEP = "optimizer.step"
+
+
+def weight_key(name: str) -> str:
+    """Return the name of a master weight."""
+    return f"model.{name}"
+
+
+def moment_key(name: str, moment: str) -> str:
+    """Return the name of an Adam moment."""
+    return f"optimizer.{moment}.{name}"
+
+
+def random_key(device: str) -> str:
+    """Return the name of the random states of a kind of device."""
+    return f"rng.{device}"
+
+
+def part_of_parameter(key: str, parameter: torch.nn.Parameter, turn: int = 0) -> ShardedTensor:
+    """Say which part of a whole fp32 tensor this rank holds.
+
+    Args:
+        key: the tensor's name.
+        parameter: the local parameter that the tensor is of, in shape.
+        turn: which of the ranks that hold the same part writes it, counted on and around; spreads the work.
+
+    Returns:
+        The description without data.
+    """
+    if getattr(parameter, "is_expert", False):
+        replica = parallel_state.get_expert_data_parallel_rank()
+        replicas = dist.get_world_size(parallel_state.get_expert_data_parallel_group())
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        offsets = [(0, parallel_state.get_expert_model_parallel_rank(), ranks)]
+    else:
+        replica = parallel_state.get_data_parallel_rank()
+        replicas = parallel_state.get_data_parallel_world_size()
+        offsets = []
+    shape = torch.empty(parameter.shape, dtype=torch.float32, device="meta")
+    return ShardedTensor.from_rank_offsets(key, shape, *offsets, replica_id=(replica - turn) % replicas).without_data()
+
+
+def part_by_rank(key: str, value: Tensor) -> ShardedTensor:
+    """Describe a vector (n,) of each rank as row of a tensor (ranks, n)."""
+    return ShardedTensor.from_rank_offsets(key, value.unsqueeze(0), (0, dist.get_rank(), dist.get_world_size()))
+
+
+def replicated(key: str, value: Tensor) -> ShardedTensor:
+    """Describe a tensor that is the same on all ranks."""
+    return ShardedTensor.from_rank_offsets(key, value, replica_id=dist.get_rank())
+
+
+class SynchronousWriter(TorchDistSaveShardedStrategy):
+    """Writes Megatron-core's format in this process.
+
+    Megatron-core's own strategy starts a manager process and forks a writer in every rank for each checkpoint, and
+    waits for ever where one of them is killed. A rank that fails here makes all ranks fail.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Write this rank's tensors to one file; rank 0 writes the index."""
+        held: dict[str, list[ShardedTensor | ShardedObject]] = {}
+        for part in sharded_state_dict.values():
+            if is_main_replica(part.replica_id):
+                held[part.unique_key if isinstance(part, ShardedObject) else part.key] = [part]
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(held, is_loading=False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+
+def write_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> None:
+    """Write tensors to ``path``; all ranks call it together.
+
+    Args:
+        path: an existing directory that all ranks see.
+        tensors: by name; those that another rank writes need no data.
+    """
+    try:
+        dist_checkpointing.save(dict(tensors), str(path), sharded_strategy=SynchronousWriter("torch_dist", 1))
+    except CheckpointException as problem:
+        _raise_failure(problem, f"writing tensors to {path}")
+
+
+def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Tensor]:
+    """Read this rank's parts of tensors, in CPU memory; all ranks call it together.
+
+    Args:
+        path: a checkpoint whose index :func:`read_shapes` has accepted.
+        tensors: descriptions by name.
+    """
+    try:
+        loaded = TorchDistLoadShardedStrategy().load(dict(tensors), path)
+    except CheckpointException as problem:
+        _raise_failure(problem, f"reading tensors from {path}")
+    return {key: loaded[key] for key in tensors}
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the whole shapes of a checkpoint's tensors by name.
+
+    Raises:
+        UserError: the index cannot be read, or would run code that it has no need of.
+    """
+    content = (path / METADATA).read_bytes()
+    try:
+        index = _IndexReader(io.BytesIO(content)).load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ) as problem:
+        raise UserError(f"{path / METADATA} is not the index of a checkpoint ({problem}); choose another") from problem
+    entries = index.state_dict_metadata.items()
+    return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads the pickled index of a checkpoint, which names plain records only."""
+
+    ALLOWED = {  # noqa: RUF012
+        "torch": {"Size", "float32", "int64", "uint8", "strided", "contiguous_format", "serialization._get_layout"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _raise_failure(problem: CheckpointException, doing: str) -> None:
+    """Raise this rank's own exception, or the first other rank's as a message."""
+    failures = {rank: failure[0] for rank, failure in problem.failures.items()}
+    if dist.get_rank() in failures:
+        raise failures[dist.get_rank()] from problem
+    rank = min(failures)
+    raise CheckpointError(f"rank {rank} failed {doing}: {type(failures[rank]).__name__}: {failures[rank]}") from problem

@@ -1,0 +1,135 @@
+"""Save and resume: the same bits in the same layout, the same run in any other."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamoe_dist.checkpoint import find_checkpoint, read_manifest, verify_files
+from adamoe_dist.errors import UserError
+from tests.distributed import checkpoint_checks as checks
+from tests.distributed.cases import Outcome
+from tests.distributed.checkpoint_checks import Layout
+from tests.distributed.harness import Ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Ranks]:
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+def assert_same_bits(first: Outcome, second: Outcome) -> None:
+    assert first.losses == second.losses
+    assert first.norms == second.norms
+    assert first.weights.keys() == second.weights.keys()
+    for name, value in first.weights.items():
+        assert torch.equal(value, second.weights[name]), name
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_resume_on_two_ranks_is_bit_identical(two: Ranks, tmp_path: Path, stage: int, precision: str) -> None:
+    layout = Layout(expert_parallel=2, stage=stage, precision=precision)
+    expected = two.run(checks.train_and_save, layout, tmp_path, 2, 2)[0]
+    outcome, state = two.run(checks.resume, layout, tmp_path / "iter_0000002", 2)[0]
+    assert_same_bits(expected, outcome)
+    assert state == {"step": 2, "tokens_seen": 512, "tokenizer_fingerprint": "abc"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resume_on_one_process_is_bit_identical(one: Ranks, tmp_path: Path, optimizer: str) -> None:
+    layout = Layout(optimizer=optimizer)
+    expected = one.run(checks.train_and_save, layout, tmp_path, 2, 2)[0]
+    assert_same_bits(expected, one.run(checks.resume, layout, tmp_path / "iter_0000002", 2)[0][0])
+
+
+def test_state_of_a_used_engine_is_replaced(two: Ranks, tmp_path: Path) -> None:
+    layout = Layout(expert_parallel=2, stage=1, precision="bf16")
+    expected = two.run(checks.train_and_save, layout, tmp_path, 2, 1)[0]
+    assert_same_bits(expected, two.run(checks.load_after_steps, layout, tmp_path / "iter_0000002", 1)[0])
+
+
+def test_checkpoint_before_the_first_step(two: Ranks, tmp_path: Path) -> None:
+    layout = Layout(expert_parallel=2, stage=2)
+    expected = two.run(checks.train_and_save, layout, tmp_path, 0, 2)[0]
+    assert_same_bits(expected, two.run(checks.resume, layout, tmp_path / "iter_0000000", 2)[0][0])
+
+
+def test_layout_may_change(one: Ranks, two: Ranks, tmp_path: Path) -> None:
+    """From EP 2 ZeRO-1 to EP 1 ZeRO-2 and to one process, and from there back: the same losses."""
+    experts, dense, alone = Layout(expert_parallel=2, stage=1), Layout(stage=2), Layout()
+    expected = two.run(checks.train_and_save, experts, tmp_path / "a", 2, 2)[0]
+    saved = tmp_path / "a" / "iter_0000002"
+    on_dense = two.run(checks.resume, dense, saved, 2, tmp_path / "b")[0][0]
+    on_one = one.run(checks.resume, alone, saved, 2, tmp_path / "c")[0][0]
+    back_from_dense = two.run(checks.resume, experts, tmp_path / "b" / "iter_0000002", 2)[0][0]
+    back_from_one = two.run(checks.resume, experts, tmp_path / "c" / "iter_0000002", 2)[0][0]
+    for outcome in (on_dense, on_one):
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-6)
+        assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert_same_bits(expected, back_from_dense)
+    assert_same_bits(expected, back_from_one)
+
+
+def test_failure_of_one_rank_leaves_the_last_checkpoint(two: Ranks, tmp_path: Path) -> None:
+    raised = two.run(checks.fail_while_saving, Layout(expert_parallel=2), tmp_path)
+    assert raised[1] == "OSError: [Errno 28] No space left on device"
+    assert raised[0].startswith("CheckpointError: rank 1 failed writing tensors to ")
+    assert raised[0].endswith("OSError: [Errno 28] No space left on device")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "latest_checkpointed_iteration.txt"]
+
+
+def test_load_weights_gives_the_same_logits_and_a_fresh_optimizer(two: Ranks, tmp_path: Path) -> None:
+    expected, logits, step = two.run(checks.logits_before_and_after, Layout(expert_parallel=2), tmp_path)[1]
+    assert torch.equal(expected, logits)
+    assert step == 0
+
+
+def test_refusals(two: Ranks, one: Ranks, tmp_path: Path) -> None:
+    layout = Layout(expert_parallel=2)
+    two.run(checks.train_and_save, layout, tmp_path, 1, 0)
+    path = find_checkpoint("auto", tmp_path)
+    assert path is not None
+    verify_files(path)
+    assert read_manifest(path)["layout"] == {"world_size": 2, "expert": 2, "zero": 1}
+
+    wider = Layout(changes={"moe": {"num_experts": 4}})
+    message = one.run(checks.refused_load, wider, path)[0]
+    assert "tensor model.decoder.layers.0.mlp.router.weight has shape (8, 64), needed is (4, 64)" in message
+    deeper = Layout(changes={"model": {"num_layers": 4}})
+    assert "tensor model.decoder.layers.3." in (message := one.run(checks.refused_load, deeper, path)[0])
+    assert "is missing" in message
+    shallower = Layout(changes={"model": {"num_layers": 2}})
+    message = one.run(checks.refused_load, shallower, path, True)[0]
+    assert "tensor model.decoder.layers.2." in message and "has no place here" in message
+    message = one.run(checks.refused_load, Layout(optimizer="sgd"), path)[0]
+    assert "tensor optimizer." in message and "has no place here" in message
+
+    damaged = tmp_path / "iter_0000005"
+    shutil.copytree(path, damaged)
+    file = damaged / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    messages = two.run(checks.refused_load, layout, damaged)
+    assert messages[0] == messages[1] and str(file) in messages[0] and "sha256" in messages[0]
+
+
+def test_index_that_would_run_code_is_refused(one: Ranks, tmp_path: Path) -> None:
+    from adamoe_dist.checkpoint.tensors import read_shapes
+
+    (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match=r"\.metadata is not the index of a checkpoint \(it refers to os\.system\)"):
+        read_shapes(tmp_path)
