@@ -11,7 +11,7 @@ from torch import Tensor
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.optimizer import build_optimizer, parameter_groups
-from adamoe_dist.parallel.wiring import checksum_experts, verify_wiring
+from adamoe_dist.parallel.wiring import checksum_experts, verify_marks, verify_wiring
 
 
 class MegatronExpertEngine(DeepSpeedEngine):
@@ -84,6 +84,7 @@ class TrainingEngine:
             WiringError: DeepSpeed would reduce some weight over the wrong ranks.
         """
         mark_experts(model, resolved.expert_parallel)
+        verify_marks(model, resolved.expert_parallel)
         before = checksum_experts(model)
         optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay))
         settings = deepspeed_config(config, resolved, dtype)
