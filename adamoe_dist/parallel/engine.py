@@ -116,6 +116,10 @@ class TrainingEngine:
         """Reduce, clip and update."""
         self.deepspeed.step()
 
+    def close(self) -> None:
+        """Let go of the model: DeepSpeed's hooks would keep it, and its groups, for the life of the process."""
+        self.deepspeed.destroy()
+
     def gradient_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping."""
         return float(self.deepspeed.get_global_grad_norm())

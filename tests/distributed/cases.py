@@ -123,6 +123,7 @@ def train(
             outcome.norms.append(engine.gradient_norm())
             outcome.balance_losses.append(mean_balance_loss(built.model))
         outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
+        engine.close()
         return outcome
     finally:
         destroy_groups()

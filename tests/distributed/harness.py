@@ -4,6 +4,7 @@ A check is a function of a `Place`; it runs on every rank at the same time. Rank
 test module, because importing torch, DeepSpeed and Megatron costs seconds.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -41,6 +42,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
             pipe.send(("ok", pickle.dumps(check(*arguments))))  # by value: no tensor in shared memory
         except BaseException:
             pipe.send(("error", f"rank {rank}:\n{traceback.format_exc()}"))
+        gc.collect()
 
 
 class Ranks:
