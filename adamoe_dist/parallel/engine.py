@@ -11,7 +11,7 @@ from torch import Tensor
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.optimizer import build_optimizer, parameter_groups
-from adamoe_dist.parallel.wiring import checksum_experts, verify_wiring
+from adamoe_dist.parallel.wiring import checksum_experts, verify_marks, verify_wiring
 
 
 class MegatronExpertEngine(DeepSpeedEngine):
@@ -32,7 +32,8 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
     """Return DeepSpeed's dictionary for a run: an output of the tree.
 
     Accumulation is the training loop's: the loss is divided there and each ``step()`` is a boundary, so DeepSpeed's own
-    arithmetic sees one micro-batch a step. Gradients are accumulated and reduced in fp32.
+    arithmetic sees one micro-batch a step. Gradients are accumulated and reduced in fp32. ZeRO's list of tested
+    optimizers has no SGD; ZeRO shards any element-wise update correctly.
     """
     extra = dict(config.zero.deepspeed)
     zero = {"stage": config.zero.stage, "reduce_scatter": True, "contiguous_gradients": True}
@@ -47,6 +48,7 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         **extra,
     }
@@ -82,6 +84,7 @@ class TrainingEngine:
             WiringError: DeepSpeed would reduce some weight over the wrong ranks.
         """
         mark_experts(model, resolved.expert_parallel)
+        verify_marks(model, resolved.expert_parallel)
         before = checksum_experts(model)
         optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay))
         settings = deepspeed_config(config, resolved, dtype)

@@ -48,12 +48,18 @@ def verify_wiring(engine: Any, model: torch.nn.Module, resolved: Resolved, befor
     if bool(engine.has_moe_layers) != (expert_parallel > 1):
         raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers} with expert parallelism {expert_parallel}")
     if expert_parallel > 1:
-        _verify_marks(model, expert_parallel)
         _verify_not_overwritten(model, before)
     _verify_groups(engine, model, expert_parallel)
 
 
-def _verify_marks(model: torch.nn.Module, expert_parallel: int) -> None:
+def verify_marks(model: torch.nn.Module, expert_parallel: int) -> None:
+    """Check that each expert says it is one, before DeepSpeed reads the marks.
+
+    Raises:
+        WiringError: naming the first expert that DeepSpeed would take for a dense weight.
+    """
+    if expert_parallel == 1:
+        return
     for name, parameter in experts_of(model).items():
         if getattr(parameter, "allreduce", True):
             raise WiringError(f"{name} is an expert but would be reduced over all data-parallel ranks")

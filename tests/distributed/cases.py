@@ -38,7 +38,11 @@ class Outcome:
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    sums: list[dict[str, float]] = field(default_factory=list)
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    first_micro_batch: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    """Per layer, of this rank's first micro-batch: tokens by load, tokens of each true expert."""
+    balance_losses: list[float] = field(default_factory=list)
+    """Per step, mean over layers and micro-batches."""
 
 
 def tokens_of(step: int, global_batch: int, length: int) -> torch.Tensor:
@@ -93,8 +97,8 @@ def train(
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         built = build_model(config, resolved, VOCAB, dtype, cuda=False)
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
+        outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
         bend = Bend(built.model, force, resolved, launch.rank)
-        outcome = Outcome()
         for step in range(steps):
             batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length)
             micro = batch.split(resolved.micro_batch_size)[launch.rank :: resolved.data_parallel]
@@ -108,6 +112,8 @@ def train(
                 loss = engine(tokens).mean()
                 engine.backward(loss, len(micro))
                 total += loss.detach() / len(micro)
+                if step == index == 0:
+                    outcome.first_micro_batch = [counted(layer)[1] for layer in built.model.moe_layers]
             if capture:
                 outcome.gradients = gathered(built.model, capture.reduced(resolved))
             engine.set_learning_rate(config.optimizer.learning_rate)
@@ -115,11 +121,32 @@ def train(
             dist.all_reduce(total)
             outcome.losses.append(float(total) / resolved.data_parallel)
             outcome.norms.append(engine.gradient_norm())
+            outcome.balance_losses.append(mean_balance_loss(built.model))
         outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
         engine.close()
         return outcome
     finally:
         destroy_groups()
+
+
+def counted(layer: Any) -> tuple[dict[str, float], tuple[list[int], list[int]]]:
+    """A layer's sums so far, and its tokens by load and by expert."""
+    from adamoe_dist.routing import read_vector
+
+    sums, statistics = read_vector(layer.counters.vector(torch.device("cpu")), layer.counters.num_experts)
+    return sums, (statistics.tokens_by_load_L.tolist(), statistics.expert_counts_E.tolist())
+
+
+def mean_balance_loss(model: Any) -> float:
+    """Mean over all ranks' micro-batches and layers of what was counted in this step."""
+    import torch.distributed as dist
+
+    total = torch.zeros(2, dtype=torch.float64)
+    for layer in model.moe_layers:
+        sums = counted(layer)[0]
+        total += torch.tensor([sums["balance_loss"], sums["micro_batches"]], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
 
 
 class GradientCapture:

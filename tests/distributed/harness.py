@@ -7,6 +7,7 @@ test module, because importing torch, DeepSpeed and Megatron costs seconds.
 import gc
 import multiprocessing as mp
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     while (task := pipe.recv()) is not None:
         check, arguments, os.environ["MASTER_PORT"] = task
         try:
-            pipe.send(("ok", check(*arguments)))
+            pipe.send(("ok", pickle.dumps(check(*arguments))))  # by value: no tensor in shared memory
         except BaseException:
             pipe.send(("error", f"rank {rank}:\n{traceback.format_exc()}"))
         gc.collect()
@@ -70,7 +71,10 @@ class Ranks:
                 errors.append(f"rank {rank}: no answer")
                 continue
             status, value = pipe.recv()
-            (results if status == "ok" else errors).append(value)
+            if status == "ok":
+                results.append(pickle.loads(value))
+            else:
+                errors.append(value)
         if errors:
             self.stop(kill=True)
             raise AssertionError("\n".join(errors))

@@ -1,0 +1,168 @@
+"""Every layout trains the same model: one process against expert, data and mixed parallelism under ZeRO-1 and ZeRO-2.
+
+The same eight micro-batches make a step in each layout, so that each rank has two of them or more. All layouts start
+from the same weights, see the same routing, and may differ by the order of fp32 sums only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cases import Outcome, merged, train
+from tests.distributed.harness import Ranks
+
+pytestmark = pytest.mark.distributed
+
+CLIP = 0.5
+COMMON = {
+    "train": {"global_batch_size": 8, "micro_batch_size": 1, "gradient_clipping": CLIP},
+    "optimizer": {"learning_rate": 1e-3},
+}
+LAYOUTS = [(2, 2), (2, 1), (4, 2)]
+LAYOUT_NAMES = ["EP2", "DP2", "EP2xEDP2"]
+STEPS, FEW, BF16_STEPS = 5, 2, 3
+
+RanksOf = Callable[[int], Ranks]
+_REFERENCES: dict[str, Outcome] = {}
+
+
+def reference(ranks_of: RanksOf, changes: dict[str, Any], *arguments: Any, steps: int = STEPS) -> Outcome:
+    """One process, ZeRO-1; trained once for each configuration."""
+    key = repr((changes, arguments, steps))
+    if key not in _REFERENCES:
+        _REFERENCES[key] = ranks_of(1).run(train, changes, steps, 1, *arguments)[0]
+    return _REFERENCES[key]
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> float:
+    """Distance of two tensors over the norm of a third; 0 where all are 0."""
+    distance = float((ours.double() - theirs.double()).norm())
+    return distance / float(scale.double().norm()) if distance else 0.0
+
+
+def worst(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def assert_replicas_are_equal(outcomes: list[Outcome]) -> None:
+    """Each rank's weights, joined over its own expert-parallel group, are the same bits on all ranks.
+
+    For dense weights that is equality over data-parallel ranks, for experts over expert-data-parallel ranks.
+    """
+    for outcome in outcomes[1:]:
+        assert outcome.weights.keys() == outcomes[0].weights.keys()
+        for name, weight in outcome.weights.items():
+            assert torch.equal(weight, outcomes[0].weights[name]), name
+
+
+def assert_same_training(outcomes: list[Outcome], single: Outcome) -> None:
+    """Losses, norms and balance losses and the first step's gradients agree to 1e-5."""
+    assert_replicas_are_equal(outcomes)
+    for outcome in outcomes:
+        losses = worst(outcome.losses, single.losses)
+        norms = worst(outcome.norms, single.norms)
+        balance = worst(outcome.balance_losses, single.balance_losses)
+        gradients = {
+            name: apart(outcome.gradients[name], gradient, gradient) for name, gradient in single.gradients.items()
+        }
+        print(f"{losses=:.1e} {norms=:.1e} {balance=:.1e} gradients={max(gradients.values()):.1e}")
+        assert outcome.gradients.keys() == single.gradients.keys()
+        assert losses < 1e-5 and norms < 1e-5 and balance < 1e-5
+        assert max(gradients.values()) < 1e-5, max(gradients, key=gradients.__getitem__)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("world", "expert_parallel"), LAYOUTS, ids=LAYOUT_NAMES)
+def test_adamw_training_is_that_of_one_process(ranks_of, world, expert_parallel, stage):
+    single = reference(ranks_of, COMMON)
+    assert min(single.norms) > CLIP, "clipping must be active in every step"
+    assert all(float(gradient.norm()) > 0 for gradient in single.gradients.values())
+    outcomes = ranks_of(world).run(train, merged(COMMON, {"zero": {"stage": stage}}), STEPS, expert_parallel)
+    assert_same_training(outcomes, single)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("world", "expert_parallel"), LAYOUTS, ids=LAYOUT_NAMES)
+def test_sgd_updates_are_those_of_one_process(ranks_of, world, expert_parallel, stage):
+    """Plain SGD shows a gradient's size, which AdamW hides: the weights' whole way must agree, not only its end."""
+    changes = merged(COMMON, {"optimizer": {"type": "sgd", "learning_rate": 0.1}})
+    single = reference(ranks_of, changes)
+    assert min(single.norms) > CLIP
+    for outcome in ranks_of(world).run(train, merged(changes, {"zero": {"stage": stage}}), STEPS, expert_parallel):
+        for name, weight in single.weights.items():
+            assert torch.equal(outcome.initial[name], single.initial[name]), name
+            way = weight - single.initial[name]
+            assert float(way.norm()) > 0, name
+            assert apart(outcome.weights[name], weight, weight) < 1e-5, name
+            assert apart(outcome.weights[name], weight, way) < 1e-4, name
+        print("way", max(apart(outcome.weights[n], w, w - single.initial[n]) for n, w in single.weights.items()))
+
+
+def test_the_clipped_first_sgd_step_is_the_captured_gradient(ranks_of):
+    """Ties ZeRO's update to the gradient that the hooks saw: lr x gradient x clip / norm."""
+    changes = merged(
+        COMMON, {"optimizer": {"type": "sgd", "learning_rate": 1.0, "weight_decay": 0.0}, "zero": {"stage": 2}}
+    )
+    for outcome in ranks_of(4).run(train, changes, 1, 2):
+        squares = sum(float(gradient.double().square().sum()) for gradient in outcome.gradients.values())
+        assert outcome.norms[0] == pytest.approx(squares**0.5, rel=1e-5)
+        for name, gradient in outcome.gradients.items():
+            step = outcome.initial[name] - outcome.weights[name]
+            wanted = gradient * CLIP / squares**0.5
+            torch.testing.assert_close(
+                step, wanted, rtol=1e-3, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("force", ["starve", "all_null"])
+@pytest.mark.parametrize(("world", "expert_parallel"), [(2, 2), (4, 2)], ids=["EP2", "EP2xEDP2"])
+def test_experts_without_rows_do_not_disturb_training(ranks_of, world, expert_parallel, force, stage):
+    single = reference(ranks_of, COMMON, "fp32", force, steps=FEW)
+    outcomes = ranks_of(world).run(
+        train, merged(COMMON, {"zero": {"stage": stage}}), FEW, expert_parallel, "fp32", force
+    )
+    for outcome in (single, outcomes[0]):
+        for tokens_by_load, expert_counts in outcome.first_micro_batch:
+            assert sum(tokens_by_load) == 32
+            if force == "starve":
+                assert expert_counts[0] == 0 and min(expert_counts[1:]) > 0
+            else:
+                assert tokens_by_load[0] == 32 and sum(expert_counts) == 0
+    for outcome in outcomes[1:]:
+        assert all(sum(expert_counts) > 0 for _, expert_counts in outcome.first_micro_batch)
+    assert_same_training(outcomes, single)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [{"normalize": "all_selected"}, {"normalize": "none"}, {"null_init": "shared"}, {"null_init": "copy"}],
+    ids=lambda router: "-".join(router.values()),
+)
+def test_router_variants_train_alike_on_two_ranks(ranks_of, router):
+    changes = merged(COMMON, {"moe": {"router": router}})
+    assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, changes, steps=FEW))
+
+
+def test_rows_sent_one_by_one_train_alike(ranks_of):
+    changes = merged(COMMON, {"moe": {"dispatcher": {"deduplicate": False}}})
+    assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, COMMON, steps=FEW))
+
+
+BF16_LAYOUTS = [(2, 2, 1), (2, 2, 2), (2, 1, 1), (4, 2, 2)]
+
+
+@pytest.mark.parametrize(("world", "expert_parallel", "stage"), BF16_LAYOUTS)
+def test_bf16_training_stays_near_one_process(ranks_of, world, expert_parallel, stage):
+    """Masters, accumulation and reduction are fp32; products and what is sent are bf16."""
+    single = reference(ranks_of, COMMON, "bf16", steps=BF16_STEPS)
+    outcomes = ranks_of(world).run(
+        train, merged(COMMON, {"zero": {"stage": stage}}), BF16_STEPS, expert_parallel, "bf16"
+    )
+    assert_replicas_are_equal(outcomes)
+    losses, norms = worst(outcomes[0].losses, single.losses), worst(outcomes[0].norms, single.norms)
+    print(f"{losses=:.1e} {norms=:.1e}")
+    assert losses < 1e-3
+    assert norms < 1e-2
