@@ -62,7 +62,10 @@ class Recorder(Callback):
         self._write(record, layers)
 
     def on_finish(self, trainer: Trainer) -> None:
-        """Close the files."""
+        """Validate a run that had nothing left to train, and close the files."""
+        if self._sets and self.last_validation is None:
+            logger.info("nothing left to train: step %d of %d is done", trainer.step, trainer.config.train.steps)
+            self._validate(trainer)
         if self._jsonl:
             self._jsonl.close()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import check_compatible, find_checkpoint
+from adamoe_dist.checkpoint import check_compatible, find_checkpoint, remove_leftovers
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.data import BatchStream
 from adamoe_dist.model import BuiltModel, build_model, padded_vocab_size
@@ -43,17 +43,17 @@ def train(config: Config, resolved: Resolved) -> int:
     """
     launch = Launch.from_environment()
     _log_to_console(launch)
-    if launch.rank == 0:
-        _check_before_groups(config, launch)
+    source = _check_before_groups(config, launch) if launch.rank == 0 else None
     platform.limit_threads()
     initialize_groups(launch, resolved)
     try:
-        return _train_in_groups(config, resolved, launch)
+        return _train_in_groups(config, resolved, launch, _from_rank_0(source))
     finally:
         destroy_groups()
 
 
-def _check_before_groups(config: Config, launch: Launch) -> None:
+def _check_before_groups(config: Config, launch: Launch) -> Path | None:
+    """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
     check_port(launch)
     check_run_directory(config)
     choose_implementation(config)
@@ -61,18 +61,30 @@ def _check_before_groups(config: Config, launch: Launch) -> None:
     prepare_missing(config)
     corpora = open_corpora(config)
     if source is not None:
-        check_compatible(source, config.to_dict(), corpora.tokenizer.fingerprint)
+        weights_only = config.checkpoint.load_weights is not None
+        check_compatible(source, config.to_dict(), corpora.tokenizer.fingerprint, weights_only)
+    remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     _log_to_file(config.run_dir / "log.txt")
+    return source
 
 
 def _start_checkpoint(config: Config) -> Path | None:
     """Return the checkpoint that the run continues from or takes its weights from, if any."""
-    root = checkpoint_root(config)
-    return find_checkpoint(config.checkpoint.load_weights or config.checkpoint.resume, root)
+    root, settings = checkpoint_root(config), config.checkpoint
+    if settings.load_weights:
+        return find_checkpoint(settings.load_weights, root, key="checkpoint.load_weights")
+    return find_checkpoint(settings.resume, root)
 
 
-def _train_in_groups(config: Config, resolved: Resolved, launch: Launch) -> int:
+def _from_rank_0(source: Path | None) -> Path | None:
+    """Give every rank the checkpoint that rank 0 found: they must start from the same one. Collective."""
+    shared = [source]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _train_in_groups(config: Config, resolved: Resolved, launch: Launch, source: Path | None) -> int:
     corpora = open_corpora(config)
     dtype = _dtype(config)
     platform.seed_everything(config.run.seed, config.run.deterministic)
@@ -95,7 +107,7 @@ def _train_in_groups(config: Config, resolved: Resolved, launch: Launch) -> int:
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, callbacks)
     _report_start(config, resolved, corpora, built, dtype)
-    restore(trainer, _start_checkpoint(config))
+    restore(trainer, source)
     try:
         return trainer.run()
     finally:
