@@ -148,7 +148,8 @@ def test_baseline_router_and_bf16_and_zero_2_run(workspace) -> None:
     run(deepspeed(2, "--config", "small.yaml", "run.dir=runs/baseline", *changes), workspace)
     last = metrics_of(workspace / "runs" / "baseline")[-1]
     assert last["true_experts_per_token"] == 2.0 and last["null_share"] == 0.0
-    assert last["balance_loss"] == pytest.approx(2 * 0.02, rel=0.5)
+    annealed = 0.02 + (0.001 - 0.02) * 5 / 6
+    assert last["balance_loss"] == pytest.approx(2 * annealed, rel=0.1)
     assert last["dispatch_rows"] == last["dispatch_rows_undeduplicated"] > 0
 
 
