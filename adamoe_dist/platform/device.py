@@ -21,11 +21,12 @@ def prepare() -> None:
     """Make this process ready for DeepSpeed and Megatron-core; call it before either is imported.
 
     With CUDA it only keeps quiet the libraries' notes on optional packages, which the start-up report covers. Without,
-    it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from
-    being compiled, and installs the stand-ins of :mod:`adamoe_dist.platform.megatron_cpu`.
+    it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from being compiled, and installs the
+    stand-ins of :mod:`adamoe_dist.platform.megatron_cpu`.
     """
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     if is_cuda():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -43,11 +44,6 @@ def select_device(local_rank: int) -> torch.device:
     if is_cuda():
         torch.cuda.set_device(local_rank)
     return device(local_rank)
-
-
-def device_count() -> int:
-    """Return the number of CUDA devices of this host, or 1 for its CPU."""
-    return torch.cuda.device_count() if is_cuda() else 1
 
 
 def communication_backend() -> str:
