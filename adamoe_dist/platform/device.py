@@ -26,6 +26,12 @@ def prepare() -> None:
     """
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    for unconcerned in (
+        "`load_state_dict` is deprecated",
+        "The argument order of load",
+        "torch.distributed is disabled",
+    ):
+        warnings.filterwarnings("ignore", message=unconcerned)
     if is_cuda():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -73,7 +73,9 @@ def test_refused_paths(tmp_path: Path, make: Make) -> None:
     with pytest.raises(UserError, match=r"has no complete checkpoint"):
         find_checkpoint(str(tmp_path), tmp_path)
     unfinished = make(4, name="iter_0000004.tmp")
-    with pytest.raises(UserError, match=r"iter_0000004\.tmp is not a complete checkpoint \(its saving did not finish\)"):
+    with pytest.raises(
+        UserError, match=r"iter_0000004\.tmp is not a complete checkpoint \(its saving did not finish\)"
+    ):
         find_checkpoint(str(unfinished), tmp_path)
 
 
@@ -95,7 +97,9 @@ def test_leftovers_are_removed(tmp_path: Path, make: Make) -> None:
     assert names(tmp_path) == ["iter_0000001"]
 
 
-@pytest.mark.parametrize(("keep_last", "left"), [(1, [4, 9]), (2, [3, 4, 9]), (4, [1, 2, 3, 4, 9]), (8, [1, 2, 3, 4, 9])])
+@pytest.mark.parametrize(
+    ("keep_last", "left"), [(1, [4, 9]), (2, [3, 4, 9]), (4, [1, 2, 3, 4, 9]), (8, [1, 2, 3, 4, 9])]
+)
 def test_keep_last(tmp_path: Path, make: Make, keep_last: int, left: list[int]) -> None:
     for step in (1, 2, 3, 4, 9):
         make(step)
