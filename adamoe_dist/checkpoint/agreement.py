@@ -31,7 +31,7 @@ def agreed(doing: str) -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    reports = gathered(None if problem is None else (isinstance(problem, UserError), _one_line(problem)))
+    reports = gathered(None if problem is None else (isinstance(problem, UserError), describe(problem)))
     if problem is not None:
         raise problem
     for rank, report in enumerate(reports):
@@ -47,6 +47,7 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def _one_line(problem: Exception) -> str:
+def describe(problem: BaseException) -> str:
+    """Return an exception as one line; the class is left out where the message is the user's."""
     message = " ".join(str(problem).split())
     return message if isinstance(problem, UserError) else f"{type(problem).__name__}: {message}"

@@ -97,8 +97,7 @@ def publish(unfinished: Path, root: Path, step: int) -> Path:
     """
     final = root / directory_name(step)
     _sync_directory(unfinished)
-    if final.exists():
-        _remove(final)
+    replaced = _set_aside(final) if final.exists() else None
     unfinished.rename(final)
     pointer = root / (POINTER + UNFINISHED)
     with pointer.open("w") as file:
@@ -108,6 +107,8 @@ def publish(unfinished: Path, root: Path, step: int) -> Path:
     _sync_directory(root)
     pointer.replace(root / POINTER)
     _sync_directory(root)
+    if replaced is not None:
+        shutil.rmtree(replaced)
     return final
 
 
@@ -119,13 +120,14 @@ def remove_older(root: Path, step: int, keep_last: int) -> None:
     assert keep_last >= 1, f"keep_last={keep_last} would remove the checkpoint just saved"
     earlier = [path for saved, path in list_checkpoints(root).items() if saved < step]
     for path in earlier[: max(0, len(earlier) - (keep_last - 1))]:
-        _remove(path)
+        shutil.rmtree(_set_aside(path))
 
 
-def _remove(path: Path) -> None:
+def _set_aside(path: Path) -> Path:
+    """Take a checkpoint's name from it, so that nobody takes a half removed one for whole."""
     doomed = path.with_name(f"{path.name}.removed{UNFINISHED}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _read_pointer(root: Path) -> int | None:

@@ -99,8 +99,9 @@ def collect_tensors(engine: TrainingEngine) -> dict[str, ShardedTensor]:
 
 def _describe_files(path: Path) -> dict[str, dict[str, Any]]:
     """Return size and hash of every file; each rank reads some of them."""
-    described = {}
+    with agreed(f"listing {path}"):
+        listing = sorted(entry.name for entry in path.iterdir())
+    listing = gathered(listing)[0]
     with agreed(f"reading {path} again"):
-        listing = gathered(sorted(entry.name for entry in path.iterdir()))[0]
         described = {name: describe_file(path / name) for name in listing[dist.get_rank() :: dist.get_world_size()]}
     return {name: entry for part in gathered(described) for name, entry in part.items()}

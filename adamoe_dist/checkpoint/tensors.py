@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from adamoe_dist.checkpoint.agreement import CheckpointError
+from adamoe_dist.checkpoint.agreement import CheckpointError, describe
 from adamoe_dist.errors import UserError
 
 METADATA = ".metadata"
@@ -112,7 +112,11 @@ def write_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> None:
     try:
         dist_checkpointing.save(dict(tensors), str(path), sharded_strategy=SynchronousWriter("torch_dist", 1))
     except CheckpointException as problem:
-        _raise_failure(problem, f"writing tensors to {path}")
+        failures = {rank: failure[0] for rank, failure in problem.failures.items()}
+        rank = dist.get_rank() if dist.get_rank() in failures else min(failures)
+        if rank == dist.get_rank():
+            raise failures[rank] from problem
+        raise CheckpointError(f"rank {rank} failed writing tensors to {path}: {describe(failures[rank])}") from problem
 
 
 def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Tensor]:
@@ -125,7 +129,8 @@ def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Ten
     try:
         loaded = TorchDistLoadShardedStrategy().load(dict(tensors), path)
     except CheckpointException as problem:
-        _raise_failure(problem, f"reading tensors from {path}")
+        failure = min(problem.failures)
+        raise problem.failures[failure][0] from problem
     return {key: loaded[key] for key in tensors}
 
 
@@ -156,7 +161,7 @@ class _IndexReader(pickle.Unpickler):
     """Reads the pickled index of a checkpoint, which names plain records only."""
 
     ALLOWED = {  # noqa: RUF012
-        "torch": {"Size", "float32", "int64", "uint8", "strided", "contiguous_format", "serialization._get_layout"},
+        "torch": {"Size", "float32", "int64", "uint8"},
         "torch.serialization": {"_get_layout"},
         "torch.distributed.checkpoint.metadata": {
             "BytesStorageMetadata",
@@ -169,20 +174,10 @@ class _IndexReader(pickle.Unpickler):
             "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-        "collections": {"OrderedDict"},
+        "pathlib": {"PosixPath"},
     }
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
-
-
-def _raise_failure(problem: CheckpointException, doing: str) -> None:
-    """Raise this rank's own exception, or the first other rank's as a message."""
-    failures = {rank: failure[0] for rank, failure in problem.failures.items()}
-    if dist.get_rank() in failures:
-        raise failures[dist.get_rank()] from problem
-    rank = min(failures)
-    raise CheckpointError(f"rank {rank} failed {doing}: {type(failures[rank]).__name__}: {failures[rank]}") from problem

@@ -11,6 +11,16 @@ import torch
 
 from adamoe_dist.platform.megatron_cpu import install_stand_ins
 
+UNCONCERNED = (
+    ".*Apex (is|are) not installed.*",
+    "full scope is deprecated",
+    ".*torch.distributed.*is deprecated",
+    "`load_state_dict` is deprecated",
+    "The argument order of load",
+    "torch.distributed is disabled",
+)
+"""Warnings by which Megatron-core and DeepSpeed speak of their own affairs."""
+
 
 def is_cuda() -> bool:
     """Tell whether training runs on CUDA devices."""
@@ -24,9 +34,8 @@ def prepare() -> None:
     it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from being compiled, and installs the
     stand-ins of :mod:`adamoe_dist.platform.megatron_cpu`.
     """
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
+    for unconcerned in UNCONCERNED:
+        warnings.filterwarnings("ignore", message=unconcerned)
     if is_cuda():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
