@@ -143,8 +143,13 @@ def run_baseline_on_ranks(moe: dict[str, Any]) -> dict[str, Any]:
             megatrons.MoEAuxLossAutoScaler = scaler
         sums, (by_load, by_expert) = counted(layer)
         return {
-            "sums": sums, "by_load": by_load, "by_expert": by_expert, "rows": rows, "attached": attached,
-            "map": maps[0], "output": result["output"],
+            "sums": sums,
+            "by_load": by_load,
+            "by_expert": by_expert,
+            "rows": rows,
+            "attached": attached,
+            "map": maps[0],
+            "output": result["output"],
         }
     finally:
         destroy_groups()
