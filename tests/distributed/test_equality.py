@@ -146,6 +146,12 @@ def test_router_variants_train_alike_on_two_ranks(ranks_of, router):
     assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, changes, steps=FEW))
 
 
+def test_the_baseline_trains_alike_on_two_ranks(ranks_of):
+    router = {"type": "topk", "balance": {"type": "switch"}}
+    changes = merged(COMMON, {"moe": {"num_null_experts": 0, "top_k": 2, "router": router}})
+    assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, changes, steps=FEW))
+
+
 def test_rows_sent_one_by_one_train_alike(ranks_of):
     changes = merged(COMMON, {"moe": {"dispatcher": {"deduplicate": False}}})
     assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, COMMON, steps=FEW))
@@ -156,7 +162,10 @@ BF16_LAYOUTS = [(2, 2, 1), (2, 2, 2), (2, 1, 1), (4, 2, 2)]
 
 @pytest.mark.parametrize(("world", "expert_parallel", "stage"), BF16_LAYOUTS)
 def test_bf16_training_stays_near_one_process(ranks_of, world, expert_parallel, stage):
-    """Masters, accumulation and reduction are fp32; products and what is sent are bf16."""
+    """Masters, accumulation and reduction are fp32; products and what is sent are bf16.
+
+    Measured over three steps: losses differ by 9e-6, norms by 4e-4 with expert parallelism; nothing without it.
+    """
     single = reference(ranks_of, COMMON, "bf16", steps=BF16_STEPS)
     outcomes = ranks_of(world).run(
         train, merged(COMMON, {"zero": {"stage": stage}}), BF16_STEPS, expert_parallel, "bf16"

@@ -39,7 +39,8 @@ def layer_of(changes: dict[str, Any], expert_parallel: int = 1) -> Any:
     platform.seed_everything(3, deterministic=False)
     changes = merged(changes, {"model": {"init_std": 0.3}, "parallel": {"expert": expert_parallel}})
     config, resolved = config_of(changes, expert_parallel)
-    megatron = transformer_config(config, resolved, torch.float32, config.moe.experts.kernel)
+    kernel = "grouped_mm" if config.moe.experts.kernel == "auto" else config.moe.experts.kernel
+    megatron = transformer_config(config, resolved, torch.float32, kernel)
     layer = AdaMoELayer(megatron, layer_number=1)
     layer.set_layer_number(1)
     return layer
@@ -109,6 +110,49 @@ def run_both(changes: dict[str, Any], expert_parallel: int, rank: int, **setting
     theirs = megatrons_layer(ours, **settings)
     ours.train(), theirs.train()
     return run_layer(ours, rank), run_layer(theirs, rank)
+
+
+def run_baseline_on_ranks(moe: dict[str, Any]) -> dict[str, Any]:
+    """The counters of the layer on every rank, the products it computed, and the loss Megatron attached."""
+    from megatron.core.transformer.moe import router as megatrons
+
+    from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
+    from tests.distributed.cases import counted
+
+    launch = Launch.from_environment()
+    degrees = {"parallel": {"expert": launch.world_size}}
+    initialize_groups(launch, config_of(degrees, launch.world_size)[1])
+    try:
+        layer = layer_of({"moe": moe}, launch.world_size)
+        layer.train()
+        rows, attached, maps = [], [], []
+        layer.experts.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[0].shape[0]))
+        layer.router.register_forward_hook(lambda _, __, outputs: maps.append(outputs[1]))
+        scaler = megatrons.MoEAuxLossAutoScaler
+
+        class Seen:
+            @staticmethod
+            def apply(activation: Any, loss: Any) -> Any:
+                attached.append(loss.item())
+                return scaler.apply(activation, loss)
+
+        megatrons.MoEAuxLossAutoScaler = Seen
+        try:
+            result = run_layer(layer, launch.rank)
+        finally:
+            megatrons.MoEAuxLossAutoScaler = scaler
+        sums, (by_load, by_expert) = counted(layer)
+        return {
+            "sums": sums,
+            "by_load": by_load,
+            "by_expert": by_expert,
+            "rows": rows,
+            "attached": attached,
+            "map": maps[0],
+            "output": result["output"],
+        }
+    finally:
+        destroy_groups()
 
 
 def run_both_on_ranks(changes: dict[str, Any]) -> tuple[Any, Any]:
