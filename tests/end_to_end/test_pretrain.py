@@ -124,7 +124,14 @@ def test_resume_gives_the_same_metrics_bit_for_bit(workspace, unbroken) -> None:
 
 def test_one_process_gives_the_same_training(workspace, unbroken) -> None:
     run(
-        one_process("--config", "small.yaml", "run.dir=runs/one", "train.steps=20", "schedule.total_steps=40"),
+        one_process(
+            "--config",
+            "small.yaml",
+            "run.dir=runs/one",
+            "run.deterministic=true",
+            "train.steps=20",
+            "schedule.total_steps=40",
+        ),
         workspace,
     )
     sent = {"dispatch_rows", "dispatch_bytes", "dispatch_rows_undeduplicated", "learning_rate", "step", "tokens_seen"}
