@@ -20,4 +20,6 @@ class OptimizerConfig:
     beta1: float = key(0.9, "Decay of AdamW's first moment.", at_least=0, below=1)
     beta2: float = key(0.95, "Decay of AdamW's second moment.", at_least=0, below=1)
     epsilon: float = key(1e-8, "AdamW's denominator offset.", above=0)
-    weight_decay: float = key(0.1, "Weight decay of matrices (norms and biases have none).", at_least=0)
+    weight_decay: float = key(
+        0.1, "Weight decay of matrices, not of norms: decoupled with adamw, added to the gradient with sgd.", at_least=0
+    )

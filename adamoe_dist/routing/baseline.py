@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class CountedTopKRouter(TopKRouter):
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Attach the z-loss as Megatron does, and count it."""
         coefficient = self.config.moe_z_loss_coeff
-        if coefficient is not None and self.training:
+        if coefficient is not None and self.training and torch.is_grad_enabled():
             self.counters.add_z_loss(z_loss(logits, padding_mask) * coefficient)
         attached: Tensor = super().apply_z_loss(logits, padding_mask=padding_mask)
         return attached

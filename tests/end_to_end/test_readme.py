@@ -71,12 +71,12 @@ def only(fragment: str) -> str:
     return command
 
 
-def tested(fragment: str) -> str:
+def covered(fragment: str) -> str:
     """Marks a command, by a part of it, as run by a test: see the last test."""
     return fragment
 
 
-@pytest.mark.parametrize("fragment", [tested("--dry-run"), tested("--print-config")])
+@pytest.mark.parametrize("fragment", [covered("--dry-run"), covered("--print-config")])
 def test_looking_before_training(checkout, fragment: str) -> None:
     assert run(only(fragment), checkout, small=False).stdout
 
@@ -91,11 +91,11 @@ def test_default_command_prepares_its_data_and_trains(checkout) -> None:
 @pytest.mark.parametrize(
     "fragment",
     [
-        tested("configs/quickstart.yaml run.name=full"),
-        tested("run.name=one"),
-        tested("parallel.expert=8"),
-        tested("parallel.expert=2"),
-        tested("run.name=top2"),
+        covered("configs/quickstart.yaml run.name=full"),
+        covered("run.name=one"),
+        covered("parallel.expert=8"),
+        covered("parallel.expert=2"),
+        covered("run.name=top2"),
     ],
 )
 def test_training_commands(checkout, fragment: str) -> None:
@@ -107,20 +107,20 @@ def test_resume_command(checkout) -> None:
     """Continues the run named ``full`` of the test before."""
     if not (checkout / "runs" / "full" / "checkpoints").exists():
         run(with_port(only("configs/quickstart.yaml run.name=full")), checkout)
-    command = f"{with_port(only(tested('checkpoint.resume=auto')))} {' '.join(SMALL)} train.steps=3"
+    command = f"{with_port(only(covered('checkpoint.resume=auto')))} {' '.join(SMALL)} train.steps=3"
     done = run(command, checkout, small=False)
     assert "continuing from" in done.stdout and "step 3/3" in done.stdout
 
 
 def test_own_text_commands(checkout) -> None:
-    run(only(tested("tools/train_tokenizer.py")).replace("8000", "600"), checkout, small=False)
-    run(only(tested("tools/prepare_data.py")), checkout, small=False)
-    done = run(with_port(only(tested("configs/own_text.yaml"))), checkout)
+    run(only(covered("tools/train_tokenizer.py")).replace("8000", "600"), checkout, small=False)
+    run(only(covered("tools/prepare_data.py")), checkout, small=False)
+    done = run(with_port(only(covered("configs/own_text.yaml"))), checkout)
     assert "step 2/2" in done.stdout
 
 
 def test_tensorboard_command_serves_the_run(checkout) -> None:
-    command = only(tested("tensorboard.main")) + f" --port {free_port()}"
+    command = only(covered("tensorboard.main")) + f" --port {free_port()}"
     process = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=checkout, stderr=subprocess.PIPE, text=True)
     try:
         assert any("TensorBoard" in line for line in iter(process.stderr.readline, ""))
@@ -132,7 +132,7 @@ def test_tensorboard_command_serves_the_run(checkout) -> None:
 def test_two_nodes_by_hostfile_without_ssh(checkout) -> None:
     """The command of each node, both on this machine: one slot each."""
     template = (
-        only(tested("--no_ssh")).replace("node0 ", "127.0.0.1 ").replace("run.name=cluster", "run.dir=runs/cluster")
+        only(covered("--no_ssh")).replace("node0 ", "127.0.0.1 ").replace("run.name=cluster", "run.dir=runs/cluster")
     )
     port = free_port()
     commands = [
@@ -169,7 +169,7 @@ def test_two_nodes_by_hostfile_started_once(checkout) -> None:
     for name, script in (("ssh", SSH), ("pdsh", PDSH)):
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
-    command = with_port(only(tested("--hostfile hostfile launch/pretrain.py"))).replace("=cluster", "=started_once")
+    command = with_port(only(covered("--hostfile hostfile launch/pretrain.py"))).replace("=cluster", "=started_once")
     done = run(f"export PATH={tools}:$PATH; {command}", checkout)
     assert "ranks: 2 = data 2" in done.stdout and "step 2/2" in done.stdout
 
@@ -180,7 +180,7 @@ def test_quickstart(checkout) -> None:
     shutil.rmtree(checkout / "runs" / "quickstart", ignore_errors=True)
     shutil.rmtree(checkout / "data", ignore_errors=True)
     (checkout / ".venv").symlink_to(REPOSITORY / ".venv")
-    command = only(tested("make quickstart")).replace("make ", "make -o .venv/.installed ")
+    command = only(covered("make quickstart")).replace("make ", "make -o .venv/.installed ")
     output = run(command, checkout, small=False, timeout_s=900).stdout
     before, after = map(float, re.search(r"validation loss: ([\d.]+) before, ([\d.]+) after", output).groups())
     entropy = float(re.search(r"unigram entropy of the validation text: ([\d.]+)", output).group(1))
