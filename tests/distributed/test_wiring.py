@@ -69,7 +69,8 @@ def build(kind: str, expert_parallel: int, stage: int) -> str:
         torch.manual_seed(1)
         model = build_model(config, resolved, VOCAB, torch.float32, cuda=False).model
         with sabotage(kind, model, expert_parallel):
-            TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts)
+            engine = TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts)
+        engine.close()
         return ""
     except WiringError as refusal:
         return str(refusal)
@@ -123,7 +124,9 @@ def balance_gradients(micro_batches: int) -> dict[str, torch.Tensor]:
             engine.backward(engine(tokens).mean() * 0.0, micro_batches)
         result = capture.reduced(resolved)
         engine.step()
-        return {**result, "norm": torch.tensor(engine.gradient_norm())}
+        result["norm"] = torch.tensor(engine.gradient_norm())
+        engine.close()
+        return result
     finally:
         destroy_groups()
 
