@@ -3,8 +3,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
-COMPAT_PYTHON ?= $(shell command -v python3.12 || echo python3.12)
+# The first of several interpreters that starts: a version manager's stub may be on the path and answer nothing.
+first_working = $(shell for candidate in $(1); do "$$candidate" -c '' 2>/dev/null && echo "$$candidate" && break; done)
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+PYTHON ?= $(or $(call first_working,python3.11 python3.12 $(wildcard $(PYENV)/3.11.*/bin/python3.11)),python3)
+COMPAT_PYTHON ?= $(or $(call first_working,python3.12 $(wildcard $(PYENV)/3.12.*/bin/python3.12)),python3.12)
 COMPAT_MEGATRON := 0.19.2
 BIN := .venv/bin
 COMPAT_BIN := .venv-compat/bin
