@@ -54,6 +54,11 @@ class Config:
             return self.moe.reference_top_k
         return self.moe.top_k if self.moe.num_null_experts == 0 else 2
 
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Round a tokenizer's vocabulary up to ``model.vocab_size_multiple``."""
+        multiple = self.model.vocab_size_multiple
+        return -(-vocab_size // multiple) * multiple
+
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as plain mappings."""
         return dataclasses.asdict(self)

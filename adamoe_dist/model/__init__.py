@@ -1,6 +1,6 @@
 """The Megatron model built from a configuration; the room that knows Megatron's versions."""
 
-from adamoe_dist.model.build import BuiltModel, LanguageModel, build_model, padded_vocab_size
+from adamoe_dist.model.build import BuiltModel, LanguageModel, build_model
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
 from adamoe_dist.model.modules import CausalAttention, RMSNorm
 from adamoe_dist.model.moe_layer import AdaMoELayer
@@ -14,6 +14,5 @@ __all__ = [
     "RMSNorm",
     "build_model",
     "is_moe_layer",
-    "padded_vocab_size",
     "transformer_config",
 ]

@@ -62,11 +62,6 @@ def positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Round a vocabulary up to ``model.vocab_size_multiple``."""
-    return -(-vocab_size // multiple) * multiple
-
-
 @dataclass(frozen=True)
 class BuiltModel:
     """A model and what was chosen while building it."""
@@ -92,7 +87,7 @@ def build_model(config: Config, resolved: Resolved, vocab_size: int, dtype: torc
     gpt = GPTModel(
         config=megatron,
         transformer_layer_spec=block_spec(config, megatron),
-        vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
+        vocab_size=config.padded_vocab_size(vocab_size),
         max_sequence_length=config.model.sequence_length,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         position_embedding_type="rope",

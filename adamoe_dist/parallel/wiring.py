@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from adamoe_dist.config import Resolved
+from adamoe_dist.parallel.groups import expert_group_name
 
 
 class WiringError(RuntimeError):
@@ -63,7 +64,7 @@ def verify_marks(model: torch.nn.Module, expert_parallel: int) -> None:
     for name, parameter in experts_of(model).items():
         if getattr(parameter, "allreduce", True):
             raise WiringError(f"{name} is an expert but would be reduced over all data-parallel ranks")
-        if getattr(parameter, "group_name", None) != f"ep_size_{expert_parallel}":
+        if getattr(parameter, "group_name", None) != expert_group_name(expert_parallel):
             raise WiringError(f"{name} has group_name {getattr(parameter, 'group_name', None)!r}")
 
 

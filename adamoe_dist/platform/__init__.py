@@ -3,7 +3,7 @@
 from adamoe_dist.platform.deepspeed_cpu import without_compiled_collectives
 from adamoe_dist.platform.device import (
     communication_backend,
-    default_precision,
+    compute_precision,
     device,
     device_name,
     is_cuda,
@@ -19,7 +19,7 @@ from adamoe_dist.platform.device import (
 
 __all__ = [
     "communication_backend",
-    "default_precision",
+    "compute_precision",
     "device",
     "device_name",
     "is_cuda",

@@ -60,8 +60,10 @@ def communication_backend() -> str:
     return "nccl" if is_cuda() else "gloo"
 
 
-def default_precision() -> str:
-    """Return what ``train.precision=auto`` means here: bf16 on CUDA, fp32 on CPU."""
+def compute_precision(requested: str) -> str:
+    """Return ``train.precision`` with ``auto`` resolved: bf16 on CUDA, fp32 on CPU."""
+    if requested != "auto":
+        return requested
     return "bf16" if is_cuda() else "fp32"
 
 

@@ -65,10 +65,9 @@ def _dry_run(config: Config) -> int:
         vocabulary = Tokenizer.load(path).vocab_size
     else:
         vocabulary = config.data.prepare.vocab_size
-    multiple = config.model.vocab_size_multiple
-    precision = platform.default_precision() if config.train.precision == "auto" else config.train.precision
+    precision = platform.compute_precision(config.train.precision)
     if _rank() == 0:
-        for line in describe_run(config, resolved, -(-vocabulary // multiple) * multiple, precision):
+        for line in describe_run(config, resolved, config.padded_vocab_size(vocabulary), precision):
             say(line)
         say("dry run: nothing was trained")
     return 0

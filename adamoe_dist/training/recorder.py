@@ -30,7 +30,6 @@ class Recorder(Callback):
         self._sets = validation_sets
         self._jsonl: JsonlWriter | None = None
         self._seconds: list[float] = []
-        self._average_s = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the files and validate the untrained model."""
@@ -52,9 +51,9 @@ class Recorder(Callback):
         is_validated = bool(self._sets) and (last or (interval is not None and result.step % interval == 0))
         if not (is_validated or last or result.step % trainer.config.monitor.log_interval == 0):
             return
-        self._average_s = sum(self._seconds) / len(self._seconds)
+        average_s = sum(self._seconds) / len(self._seconds)
         self._seconds = []
-        record, layers = step_record(trainer, result, self._average_s)
+        record, layers = step_record(trainer, result, average_s)
         logger.info("%s", progress_line(trainer, record))
         if is_validated:
             record.update(_validation_fields(self._validate(trainer)))

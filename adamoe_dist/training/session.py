@@ -10,7 +10,7 @@ from adamoe_dist import platform
 from adamoe_dist.checkpoint import check_compatible, find_checkpoint, remove_leftovers
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.data import BatchStream
-from adamoe_dist.model import BuiltModel, build_model, padded_vocab_size
+from adamoe_dist.model import BuiltModel, build_model
 from adamoe_dist.parallel import (
     Launch,
     TrainingEngine,
@@ -106,7 +106,7 @@ def _train_in_groups(config: Config, resolved: Resolved, launch: Launch, source:
     )
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, callbacks)
-    _report_start(config, resolved, corpora, built, dtype)
+    _report_start(config, resolved, corpora, built)
     restore(trainer, source)
     try:
         return trainer.run()
@@ -116,11 +116,10 @@ def _train_in_groups(config: Config, resolved: Resolved, launch: Launch, source:
 
 
 def _dtype(config: Config) -> torch.dtype:
-    precision = platform.default_precision() if config.train.precision == "auto" else config.train.precision
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.bfloat16 if platform.compute_precision(config.train.precision) == "bf16" else torch.float32
 
 
-def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: BuiltModel, dtype: torch.dtype) -> None:
+def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: BuiltModel) -> None:
     packages = environment()["packages"]
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     logger.info("run %s in %s", config.run.name, config.run_dir)
@@ -128,8 +127,8 @@ def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: B
     logger.info("device: %s, collectives: %s", platform.device_name(), platform.communication_backend())
     logger.info("experts kernel: %s (%s)", built.experts_kernel, built.kernel_reason)
     logger.info("optimizer: %s, %s (%s)", config.optimizer.type, *choose_implementation(config))
-    vocabulary = padded_vocab_size(corpora.tokenizer.vocab_size, config.model.vocab_size_multiple)
-    for line in describe_run(config, resolved, vocabulary, "bf16" if dtype == torch.bfloat16 else "fp32"):
+    vocabulary = config.padded_vocab_size(corpora.tokenizer.vocab_size)
+    for line in describe_run(config, resolved, vocabulary, platform.compute_precision(config.train.precision)):
         logger.info("%s", line)
 
 
