@@ -67,10 +67,11 @@ class DispatcherConfig:
 class ExpertsConfig:
     """How the experts' products are computed."""
 
-    kernel: Literal["auto", "grouped_mm", "sequential"] = key(
+    kernel: Literal["auto", "grouped_mm", "sequential", "threaded"] = key(
         "auto",
-        "grouped_mm: one grouped matrix product over all local experts; sequential: a loop over experts; auto: "
-        "grouped_mm.",
+        "grouped_mm: one grouped matrix product over all local experts; sequential: a loop over experts; threaded: "
+        "on CPU, an expert a core at a time; auto: threaded on CPU, on CUDA grouped_mm, or sequential where the "
+        "precision or the widths rule it out.",
     )
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,7 +33,7 @@ class GroupedExperts(MegatronModule):
         """
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
-        self.product = KERNELS[config.experts_kernel]
+        self.kernel = KERNELS[config.experts_kernel]
         self.ep_size, self.ep_rank = pg_collection.ep.size(), pg_collection.ep.rank()
         width, inner = config.hidden_size, config.moe_ffn_hidden_size
         self.weight1 = self._parameter(num_local_experts, 2 * inner, width)
@@ -73,10 +72,7 @@ class GroupedExperts(MegatronModule):
         Returns:
             ``((P, H), None)``: Megatron's pair of output and bias.
         """
-        gate, up = self.product(rows_PH, self.weight1, tokens_per_expert).chunk(2, dim=-1)
-        inner = F.silu(gate) * up
-        inner = (inner * weights_P.unsqueeze(-1)).to(inner.dtype)
-        return self.product(inner, self.weight2, tokens_per_expert), None
+        return self.kernel(rows_PH, self.weight1, self.weight2, tokens_per_expert, weights_P), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are part of the backward pass (Megatron's interface for delaying them)."""

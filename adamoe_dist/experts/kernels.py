@@ -1,15 +1,20 @@
-"""Products of rows, sorted by expert, with their experts' matrices.
+"""Experts applied to rows that are sorted by expert.
 
-Legend: P rows sorted by expert, L local experts, I input width, O output width.
+Legend: P rows sorted by expert, L local experts, H hidden size, F inner width, I input width, O output width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adamoe_dist.errors import UserError
+from adamoe_dist.experts.threaded import threaded_experts
+
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+ExpertsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def grouped_mm(rows_PI: Tensor, weight_LOI: Tensor, counts_L: Tensor) -> Tensor:
@@ -55,22 +60,53 @@ class _ContiguousGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-KERNELS: dict[str, GroupedProduct] = {"grouped_mm": grouped_mm, "sequential": sequential}
+def composed(
+    product: GroupedProduct, rows_PH: Tensor, weight1: Tensor, weight2: Tensor, counts_L: Tensor, weights_P: Tensor
+) -> Tensor:
+    """Compute weighted SwiGLU experts from a grouped product.
+
+    Args:
+        product: :func:`grouped_mm` or :func:`sequential`.
+        rows_PH: (P, H) rows sorted by expert.
+        weight1: (L, 2F, H) gate and up projections.
+        weight2: (L, H, F) down projections.
+        counts_L: (L,) rows of each expert, summing to P; zeros allowed.
+        weights_P: (P,) combine weights, applied before the down projection.
+
+    Returns:
+        (P, H) in the rows' dtype. Every matrix gets a gradient, zero where its expert has no row.
+    """
+    gate, up = product(rows_PH, weight1, counts_L).chunk(2, dim=-1)
+    inner = F.silu(gate) * up
+    inner = (inner * weights_P.unsqueeze(-1)).to(inner.dtype)
+    return product(inner, weight2, counts_L)
+
+
+KERNELS: dict[str, ExpertsKernel] = {
+    "grouped_mm": partial(composed, grouped_mm),
+    "sequential": partial(composed, sequential),
+    "threaded": threaded_experts,
+}
 
 
 def choose_kernel(requested: str, dtype: torch.dtype, cuda: bool, widths: tuple[int, ...]) -> tuple[str, str]:
     """Resolve ``moe.experts.kernel`` to a kernel's name and the reason for it.
 
     Args:
-        requested: ``auto``, ``grouped_mm`` or ``sequential``.
+        requested: ``auto`` or a name in ``KERNELS``.
         dtype: the experts' compute dtype.
         cuda: whether the products run on CUDA.
         widths: the matrices' widths, which grouped_mm on CUDA wants in multiples of 16 bytes.
+
+    Raises:
+        UserError: the kernel does not run on this device.
     """
+    if requested == "threaded" and cuda:
+        raise UserError("moe.experts.kernel=threaded computes on CPU cores and this run is on CUDA; use auto")
     if requested != "auto":
         return requested, "as configured"
     if not cuda:
-        return "grouped_mm", "auto: one grouped product on CPU"
+        return "threaded", "auto: an expert a core at a time on CPU"
     if dtype != torch.bfloat16:
         return "sequential", f"auto: grouped_mm on CUDA is for bf16, this model computes in {dtype}"
     if any(width * dtype.itemsize % 16 for width in widths):

@@ -39,7 +39,7 @@ def layer_of(changes: dict[str, Any], expert_parallel: int = 1) -> Any:
     platform.seed_everything(3, deterministic=False)
     changes = merged(changes, {"model": {"init_std": 0.3}, "parallel": {"expert": expert_parallel}})
     config, resolved = config_of(changes, expert_parallel)
-    kernel = "grouped_mm" if config.moe.experts.kernel == "auto" else config.moe.experts.kernel
+    kernel = "threaded" if config.moe.experts.kernel == "auto" else config.moe.experts.kernel
     megatron = transformer_config(config, resolved, torch.float32, kernel)
     layer = AdaMoELayer(megatron, layer_number=1)
     layer.set_layer_number(1)
