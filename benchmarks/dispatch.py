@@ -1,161 +1,213 @@
-"""Rows, bytes and time of one MoE layer: AdaMoE, with and without de-duplication, against Megatron's own top-2.
+"""Rows, bytes and time of one MoE layer's dispatch: AdaMoE, with and without de-duplication, against Megatron's own.
 
 Run it on two or more ranks::
 
     torchrun --nproc-per-node 2 benchmarks/dispatch.py --json results.json
 
-Every variant sees the same tokens. Rows and bytes are exact counts of what leaves a rank in one forward dispatch; the
-floor is the number of distinct (token, remote rank) pairs, counted from the routing map. Times are forward and
-backward; the ratio to the baseline is taken pair by pair, variant and baseline one after the other, and its median and
-range are given. CPU times say nothing about GPUs.
+Every variant sees the same tokens. Rows and bytes are what one forward dispatch hands to the collectives for *other*
+ranks, taken from the collectives' own arguments, Megatron's among them; bytes include combine weights and whatever
+tells the receivers what comes. The floor is the number of distinct (token, remote rank) pairs in the routing map.
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from adamoe_dist import platform
+import torch
+import torch.distributed as dist
+from common import (
+    BenchmarkParser,
+    Pairs,
+    adamoe_moe,
+    baseline_moe,
+    build_layer,
+    forward_backward,
+    hidden_states,
+    in_pairs,
+    markdown,
+    ranks,
+    report,
+)
+from megatron.core.tensor_parallel import mappings
 
-platform.prepare()
+from adamoe_dist.console import run_tool
+from adamoe_dist.errors import UserError
+from adamoe_dist.model import AdaMoELayer
+from adamoe_dist.routing import read_vector
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 
-from adamoe_dist.config import Config, config_from_dict, resolve  # noqa: E402
-from adamoe_dist.model import AdaMoELayer, transformer_config  # noqa: E402
-from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups  # noqa: E402
+def variants(num_experts: int) -> dict[str, dict[str, Any]]:
+    """Return the ``moe`` sections compared for n true experts; the first is the baseline."""
+    n = num_experts
+    found = {
+        "Megatron top-2": baseline_moe(n, 2),
+        "m=0 k=2": adamoe_moe(n, 0, 2),
+        f"m={n} k=3, a row a pair": {**adamoe_moe(n, n, 3), "dispatcher": {"deduplicate": False}},
+        f"m={n} k=3": adamoe_moe(n, n, 3),
+        f"m={3 * n} k=4": adamoe_moe(n, 3 * n, 4),
+    }
+    if n >= 64:
+        found["Megatron top-8"] = baseline_moe(n, 8)
+        found[f"m={n} k=8, a row a pair"] = {**adamoe_moe(n, n, 8), "dispatcher": {"deduplicate": False}}
+        found[f"m={n} k=8"] = adamoe_moe(n, n, 8)
+    return found
 
 
 @dataclass
-class Row:
-    """One line of the table; counts are per token and layer, summed over what all ranks send."""
+class Sent:
+    """What collectives were handed for other ranks."""
 
-    variant: str
+    rows: int = 0
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def watch_collectives(hidden: int) -> Iterator[Sent]:
+    """Count what all-to-alls and all-gathers send while this context is open.
+
+    A row is a vector of H numbers in an all-to-all with split sizes; every byte counts that is meant for another rank.
+    """
+    sent = Sent()
+    all_to_all, all_gather = dist.all_to_all_single, mappings.dist_all_gather_func
+
+    def counted_all_to_all(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+        **keywords: Any,
+    ) -> Any:
+        size, here = dist.get_world_size(group), dist.get_rank(group)
+        splits = input_split_sizes or [input.shape[0] // size] * size
+        assert sum(splits) == input.shape[0], f"splits {splits} of {input.shape[0]} entries"
+        remote = sum(splits) - splits[here]
+        if input.dim() == 2 and input.shape[1] == hidden and input.is_floating_point():
+            sent.rows += remote
+        sent.bytes += remote * input[:1].numel() * input.element_size()
+        return all_to_all(output, input, output_split_sizes, input_split_sizes, group=group, **keywords)
+
+    def counted_all_gather(output: torch.Tensor, input: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        sent.bytes += (dist.get_world_size(keywords.get("group")) - 1) * input.numel() * input.element_size()
+        return all_gather(output, input, *arguments, **keywords)
+
+    with (
+        mock.patch.object(dist, "all_to_all_single", counted_all_to_all),
+        mock.patch.object(mappings, "dist_all_gather_func", counted_all_gather),
+    ):
+        yield sent
+
+
+@dataclass
+class Count:
+    """Of one forward dispatch, summed over all ranks, a token."""
+
     load: float
     rows: float
     floor: float
     bytes: float
-    ratio_median: float
-    ratio_low: float
-    ratio_high: float
 
 
-VARIANTS: dict[str, dict[str, object]] = {
-    "Megatron top-2": {
-        "num_null_experts": 0,
-        "top_k": 2,
-        "router": {"type": "topk", "balance": {"type": "none"}},
-    },
-    "m=0 k=2": {"num_null_experts": 0, "top_k": 2},
-    "m=8 k=3, a row a pair": {"num_null_experts": 8, "top_k": 3, "dispatcher": {"deduplicate": False}},
-    "m=8 k=3": {"num_null_experts": 8, "top_k": 3},
-    "m=24 k=4": {"num_null_experts": 24, "top_k": 4},
-}
-
-
-def build(options: argparse.Namespace, changes: dict[str, object], world_size: int) -> tuple[AdaMoELayer, Config]:
-    """Build one layer of a variant, the same weights wherever shapes agree."""
-    config = config_from_dict(
-        {
-            "model": {"hidden_size": options.hidden, "num_layers": 1},
-            "moe": {"num_experts": 8, "expert_hidden_size": options.expert_hidden, **changes},
-            "data": {"tokenizer": "none", "train": [{"path": "none"}]},
-            "train": {"global_batch_size": 2 * world_size},
-        }
-    )
-    torch.manual_seed(1)
-    layer = AdaMoELayer(transformer_config(config, resolve(config, world_size), torch.float32, "grouped_mm"))
-    layer.set_layer_number(1)
-    return layer, config
-
-
-def pass_once(layer: AdaMoELayer, hidden: torch.Tensor) -> float:
-    """Run forward and backward once and return the seconds."""
+def count(layer: AdaMoELayer, hidden: torch.Tensor) -> Count:
+    """Count one forward dispatch; the layer's own counter must agree with the collectives. Collective."""
     layer.counters.reset()
-    hidden.grad = None
-    started = time.perf_counter()
-    layer(hidden)[0].square().mean().backward()
-    platform.synchronize()
-    return time.perf_counter() - started
-
-
-def count_floor(layer: AdaMoELayer, hidden: torch.Tensor) -> int:
-    """Count distinct (token, remote rank) pairs of this rank's tokens from the routing map itself."""
-    with torch.no_grad():
-        routing_map = layer.route(hidden)[1]
-    ranks = routing_map.view(routing_map.shape[0], dist.get_world_size(), -1).any(-1)
-    ranks[:, dist.get_rank()] = False
-    return int(ranks.sum())
-
-
-def measure(name: str, layer: AdaMoELayer, baseline: Callable[[], float], options: argparse.Namespace) -> Row:
-    """Measure one variant beside the baseline."""
-    generator = torch.Generator().manual_seed(100 + dist.get_rank())
-    hidden = torch.randn(options.tokens, 1, options.hidden, generator=generator).requires_grad_()
-    for _ in range(3):
-        pass_once(layer, hidden)
-        baseline()
-    ratios = []
-    for _ in range(options.repeats):
-        ratios.append(pass_once(layer, hidden) / baseline())
-    vector = layer.counters.vector(torch.device("cpu"))
-    sums = torch.cat([vector, torch.tensor([float(count_floor(layer, hidden))], dtype=torch.float64)])
+    maps: list[torch.Tensor] = []
+    hook = layer.router.register_forward_hook(lambda _, __, outputs: maps.append(outputs[1]))
+    with watch_collectives(hidden.shape[-1]) as forward, _stop_before_combine(layer):
+        layer(hidden)
+    hook.remove()
+    counted = read_vector(layer.counters.vector(torch.device("cpu")), layer.counters.num_experts)[0]["dispatch_rows"]
+    if counted != forward.rows:
+        raise AssertionError(f"the layer counted {counted} rows, {forward.rows} were sent")
+    tokens, world_size = maps[0].shape[0], dist.get_world_size()
+    remote_TG = maps[0].view(tokens, world_size, -1).any(-1)
+    remote_TG[:, dist.get_rank()] = False
+    sums = torch.tensor([int(maps[0].sum()), forward.rows, int(remote_TG.sum()), forward.bytes], dtype=torch.float64)
     dist.all_reduce(sums)
-    tokens = options.tokens * dist.get_world_size()
-    _, _, _, rows, _, sent, *routing, floor = sums.tolist()
-    return Row(
-        variant=name,
-        load=sum(routing[-layer.counters.num_experts :]) / tokens,
-        rows=rows / tokens,
-        floor=floor / tokens,
-        bytes=sent / tokens,
-        ratio_median=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
+    return Count(*(sums / (tokens * world_size)).tolist())
+
+
+@contextlib.contextmanager
+def _stop_before_combine(layer: AdaMoELayer) -> Iterator[None]:
+    """Let a forward end with the dispatch: what comes back is as many rows again and is not counted."""
+
+    class Dispatched(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Dispatched
+
+    with mock.patch.object(layer.token_dispatcher, "combine_preprocess", stop), contextlib.suppress(Dispatched):
+        yield
+
+
+def measure(num_experts: int, options: Any) -> list[dict[str, Any]]:
+    """Count and time every variant of n experts beside the first. Collective."""
+    hidden = hidden_states(options.tokens, options.hidden, seed=100 + dist.get_rank())
+    baseline: AdaMoELayer | None = None
+    records: list[dict[str, Any]] = []
+    for name, moe in variants(num_experts).items():
+        layer = build_layer({**moe, "expert_hidden_size": options.expert_hidden}, options.hidden)
+        baseline = baseline or layer
+        pairs = _paired(layer, baseline, hidden, options.pairs)
+        counted = count(layer, hidden)
+        records.append({"num_experts": num_experts, "variant": name, **asdict(counted), **pairs.record()})
+    return records
+
+
+def _paired(layer: AdaMoELayer, baseline: AdaMoELayer, hidden: torch.Tensor, pairs: int) -> Pairs:
+    return in_pairs(lambda: forward_backward(layer, hidden), lambda: forward_backward(baseline, hidden), pairs)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the table of one number of experts."""
+    first = records[0]
+    header = (
+        f"n={first['num_experts']}",
+        "true experts a token",
+        "rows a token",
+        "floor",
+        "rows / floor",
+        f"rows / {first['variant']}",
+        "bytes a token",
+        f"time / {first['variant']} (range)",
     )
-
-
-def main() -> None:
-    """Measure every variant and print the table on rank 0."""
-    parser = argparse.ArgumentParser(description="Rows, bytes and time of one MoE layer.")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens a rank")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--expert-hidden", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--json", type=Path, help="also write the table here")
-    options = parser.parse_args()
-    launch = Launch.from_environment()
-    probe = config_from_dict(
-        {"data": {"tokenizer": "none", "train": [{"path": "none"}]}, "train": {"global_batch_size": launch.world_size}}
-    )
-    platform.limit_threads()
-    initialize_groups(launch, resolve(probe, launch.world_size))
-    layers = {name: build(options, changes, launch.world_size)[0] for name, changes in VARIANTS.items()}
-    generator = torch.Generator().manual_seed(100 + dist.get_rank())
-    hidden = torch.randn(options.tokens, 1, options.hidden, generator=generator).requires_grad_()
-    reference = layers["Megatron top-2"]
-    table = [measure(name, layer, lambda: pass_once(reference, hidden), options) for name, layer in layers.items()]
-    if launch.rank == 0:
-        show(table, options)
-    destroy_groups()
-
-
-def show(table: list[Row], options: argparse.Namespace) -> None:
-    """Print the table and write the JSON."""
-    print("| layer | true experts a token | rows a token | floor | bytes a token | time / Megatron top-2 (range) |")
-    print("|---|---|---|---|---|---|")
-    for row in table:
-        print(
-            f"| {row.variant} | {row.load:.2f} | {row.rows:.3f} | {row.floor:.3f} | {row.bytes:.0f} | "
-            f"{row.ratio_median:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f}) |"
+    rows = [
+        (
+            record["variant"],
+            f"{record['load']:.2f}",
+            f"{record['rows']:.3f}",
+            f"{record['floor']:.3f}",
+            f"{record['rows'] / record['floor']:.2f}" if record["floor"] else "-",
+            f"{record['rows'] / first['rows']:.2f}" if first["rows"] else "-",
+            f"{record['bytes']:.0f}",
+            f"{record['ratio_median']:.2f} ({record['ratio_low']:.2f}-{record['ratio_high']:.2f})",
         )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in table], indent=2) + "\n")
+        for record in records
+    ]
+    return markdown(header, rows)
+
+
+def main(argv: list[str]) -> int:
+    """Measure every variant and print the tables on rank 0."""
+    parser = BenchmarkParser("Rows, bytes and time of one MoE layer's dispatch; run it under torchrun on 2 ranks or 4.")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], help="n: true experts; a table for each")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens a rank")
+    parser.add_argument("--hidden", type=int, default=256, help="H")
+    parser.add_argument("--expert-hidden", type=int, default=512, help="inner width of an expert")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of a variant and the baseline")
+    options = parser.parse_args(argv)
+    with ranks() as launch:
+        for num_experts in options.experts:
+            if num_experts % launch.world_size:
+                raise UserError(f"--experts {num_experts} cannot be spread over {launch.world_size} ranks")
+        records = [measure(num_experts, options) for num_experts in options.experts]
+        if launch.rank == 0:
+            report(options, [table(rows) for rows in records], {"rows": [row for rows in records for row in rows]})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
