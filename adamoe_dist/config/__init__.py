@@ -2,7 +2,7 @@
 
 from adamoe_dist.config.fields import leaves
 from adamoe_dist.config.load import config_from_dict, load_config
-from adamoe_dist.config.moe import BalanceConfig, MoEConfig, expected_load
+from adamoe_dist.config.moe import BalanceConfig, MoEConfig
 from adamoe_dist.config.tree import Config
 from adamoe_dist.config.validate import Resolved, resolve
 
@@ -12,7 +12,6 @@ __all__ = [
     "MoEConfig",
     "Resolved",
     "config_from_dict",
-    "expected_load",
     "leaves",
     "load_config",
     "resolve",

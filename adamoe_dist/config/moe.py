@@ -131,13 +131,10 @@ class MoEConfig:
     dispatcher: DispatcherConfig = section(DispatcherConfig, "Dispatcher.")
     experts: ExpertsConfig = section(ExpertsConfig, "Expert kernels.")
 
-
-def expected_load(moe: MoEConfig) -> float:
-    """Return the true experts a token at perfect balance.
-
-    k n / (n + m), or k (1 - r) where ``moe.router.balance.type=grouped`` holds the null share at r.
-    """
-    balance = moe.router.balance
-    if balance.type == "grouped" and balance.target_null_share is not None:
-        return moe.top_k * (1.0 - balance.target_null_share)
-    return moe.top_k * moe.num_experts / (moe.num_experts + moe.num_null_experts)
+    @property
+    def expected_load(self) -> float:
+        """True experts a token at balance: k n / (n + m), or k (1 - r) where the balance loss holds a null share r."""
+        balance = self.router.balance
+        if balance.type == "grouped" and balance.target_null_share is not None:
+            return self.top_k * (1.0 - balance.target_null_share)
+        return self.top_k * self.num_experts / (self.num_experts + self.num_null_experts)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from adamoe_dist import config as configuration
 from adamoe_dist.config import Config, Resolved
 
 
@@ -59,8 +58,8 @@ def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
 
 
 def expected_load(config: Config) -> float:
-    """Return the true experts a token at perfect balance: k n / (n + m) unless the balance loss aims elsewhere."""
-    return configuration.expected_load(config.moe)
+    """Return the true experts a token that the run is laid out for: :attr:`MoEConfig.expected_load`."""
+    return config.moe.expected_load
 
 
 def flops_per_token(config: Config, parameters: Parameters, true_experts_per_token: float) -> float:

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
-from adamoe_dist.config import MoEConfig, expected_load
+from adamoe_dist.config import MoEConfig
 from adamoe_dist.routing.capacity import expert_capacity, within_capacity
 from adamoe_dist.routing.counters import RoutingCounters
 from adamoe_dist.routing.gating_residual import ScoreChain
@@ -148,7 +148,7 @@ class AdaMoERouter(Router):
         if factor is None:
             return selection.probs_TE, selection.routing_map_TE
         probs_TE, map_TE = selection.probs_TE, selection.routing_map_TE
-        capacity = expert_capacity(map_TE.shape[0], factor, expected_load(self.moe), self.moe.num_experts)
+        capacity = expert_capacity(map_TE.shape[0], factor, self.moe.expected_load, self.moe.num_experts)
         kept_TE = within_capacity(probs_TE, map_TE, capacity, self.moe.router.drop_policy)
         return probs_TE.masked_fill(~kept_TE, 0.0), kept_TE
 
