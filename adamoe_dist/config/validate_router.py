@@ -42,6 +42,12 @@ def _check_null_types(config: Config, problems: list[str]) -> None:
             f"moe.null_types.identity={types.identity} + moe.null_types.constant={types.constant} are more than "
             f"moe.num_null_experts={moe.num_null_experts}, of which they are a part; raise it or lower them"
         )
+    if asked and types.identity != moe.num_null_experts and moe.router.null_init == "shared":
+        problems.append(
+            f"moe.router.null_init=shared gives all null experts one score, so that of moe.null_types.identity="
+            f"{types.identity} and moe.null_types.constant={types.constant} only the first columns would ever be "
+            "selected; use random or copy"
+        )
 
 
 def _check_router_options(config: Config, problems: list[str]) -> None:

@@ -137,7 +137,7 @@ def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
 
     `torch.topk` promises nothing about equals. Here fp32 scores become int64 keys, of which no two in a row are
     equal: the score's bits in an order-preserving form above, the column, reversed, below. That costs half of
-    what a stable sort does (docs/results.md); fp64 scores, which leave no room for a column, are sorted.
+    what a stable sort does (docs/design.md); fp64 scores, which leave no room for a column, are sorted.
     Negative and positive zero are equal; NaN has a place that depends on its bits alone.
 
     Args:

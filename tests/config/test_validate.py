@@ -101,6 +101,11 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
             1,
             "moe.null_types.identity=1, moe.null_types.constant=0 need moe.router.type=adamoe",
         ),
+        (
+            {"moe": {"null_types": {"identity": 1}, "router": {"null_init": "shared"}}},
+            1,
+            "moe.router.null_init=shared gives all null experts one score",
+        ),
         (topk_with(score_function="sigmoid"), 1, "moe.router.score_function=sigmoid needs moe.router.type=adamoe"),
         (topk_with(capacity_factor=1.5), 1, "moe.router.capacity_factor=1.5 needs moe.router.type=adamoe"),
         (topk_with(gating_residual=True), 1, "moe.router.gating_residual=True needs moe.router.type=adamoe"),

@@ -1,10 +1,12 @@
 """Routing over ranks: balance over the global batch, recompute, the router's options, scores that are not finite."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed import checkpoint_checks as checks
 from tests.distributed.cases import merged, train
 from tests.distributed.test_equality import apart, assert_same_training, worst
 from tests.model.layers import config_of, hidden_states, layer_of
@@ -104,6 +106,22 @@ def test_recompute_counts_rows_and_loads_once(ranks_of):
         assert sums == expected_sums and sums["dispatch_rows"] > 0 and sums["balance_loss"] > 0
         for name, gradient in expected.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_of_the_options_are_saved_and_resumed(ranks_of, tmp_path):
+    """bf16, so that what is loaded are the fp32 masters; then in one process from the same files."""
+    moe = {"null_types": {"identity": 2, "constant": 3}, "router": {"gating_residual": True}}
+    layout = checks.Layout(expert_parallel=2, precision="bf16", changes={"moe": moe})
+    saved = ranks_of(2).run(checks.train_and_save, layout, tmp_path, 2, 2)[0]
+    resumed, _ = ranks_of(2).run(checks.resume, layout, tmp_path / "iter_0000002", 2)[0]
+    assert saved.losses == resumed.losses and saved.norms == resumed.norms
+    for name, weight in saved.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    ours = [name for name in saved.weights if "null_experts" in name or "gating_residual" in name]
+    assert len(ours) == 3 * 2 + 2 and all(saved.weights[name].norm() > 0 for name in ours)
+    alone = dataclasses.replace(layout, expert_parallel=1)
+    single, _ = ranks_of(1).run(checks.resume, alone, tmp_path / "iter_0000002", 2)[0]
+    assert worst(single.losses, saved.losses) < 1e-3
 
 
 class Samples:
