@@ -10,10 +10,11 @@ from adamoe_dist.config.fields import key, section
 class BalanceConfig:
     """The balance loss of each MoE layer (AdaMoE equation 6) and the annealing of its coefficient."""
 
-    type: Literal["null_averaged", "switch", "none"] = key(
+    type: Literal["null_averaged", "grouped", "switch", "none"] = key(
         "null_averaged",
-        "null_averaged: equation 6, the null experts' load is averaged over them; switch: equation 3 over all "
-        "n+m experts as if distinct; none: no balance loss.",
+        "null_averaged: equation 6, the null experts' load is averaged over them; grouped: only the group of true "
+        "experts against that of null experts (ZEDA); switch: equation 3 over all n+m experts as if distinct; none: no "
+        "balance loss.",
     )
     coefficient: float = key(
         0.02, "alpha at the first step. The loss is top_k x alpha at perfect balance (not alpha).", at_least=0
@@ -26,6 +27,14 @@ class BalanceConfig:
     anneal_steps: int | None = key(
         None, "Steps over which alpha goes to final_coefficient; null means schedule.total_steps.", at_least=1
     )
+    target_null_share: float | None = key(
+        None, "Part of the slots that type=grouped gives to null experts; null: m/(n+m).", above=0, below=1
+    )
+    scope: Literal["micro_batch", "global_batch"] = key(
+        "micro_batch",
+        "Tokens that the loads are counted over: this rank's micro-batch, or those of all ranks in this step so far "
+        "(one small all-reduce a layer and micro-batch).",
+    )
 
 
 @dataclass(kw_only=True)
@@ -36,10 +45,14 @@ class RouterConfig:
         "adamoe",
         "adamoe: null experts; topk: Megatron-core's own router and dispatcher (the baseline, m = 0).",
     )
+    score_function: Literal["softmax", "sigmoid"] = key(
+        "softmax",
+        "Scores of a token's experts: softmax over all n+m, or the sigmoid of each logit, independent of the others.",
+    )
     normalize: Literal["true_experts", "all_selected", "none"] = key(
         "true_experts",
-        "Combine weights sum to 1 over the true experts selected (the paper), over all k selected with the null "
-        "ones' share lost, or are the plain softmax over all n+m scores.",
+        "Combine weights sum to 1 over the true experts selected (the paper; null experts that have an output count "
+        "with them), over all k selected with the null ones' share lost, or are the plain scores.",
     )
     null_init: Literal["random", "copy", "shared"] = key(
         "random",
@@ -49,7 +62,29 @@ class RouterConfig:
     z_loss_coefficient: float = key(
         0.0, "Weight of the mean squared log-sum-exp of the router's scores (0: off).", at_least=0
     )
+    gating_residual: bool = key(
+        False, "Add a learned map of the previous MoE layer's scores to each layer's scores (MoE++)."
+    )
+    capacity_factor: float | None = key(
+        None,
+        "Tokens that a true expert takes of each rank's micro-batch at most, as a multiple of its share at balance; "
+        "what exceeds it is dropped; null: no limit, nothing is dropped.",
+        above=0,
+    )
+    drop_policy: Literal["probs", "position"] = key(
+        "probs", "Which tokens an expert beyond its capacity keeps: those of the largest weights, or the first ones."
+    )
     balance: BalanceConfig = section(BalanceConfig, "Balance loss.")
+
+
+@dataclass(kw_only=True)
+class NullTypesConfig:
+    """What the null experts return (MoE++). The types' columns follow each other as zero, identity, constant."""
+
+    identity: int = key(0, "Null experts that return the token itself.", at_least=0)
+    constant: int = key(
+        0, "Null experts that return a mixture of the token and a learned vector; the others return zero.", at_least=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -92,6 +127,15 @@ class MoEConfig:
         "Experts a token in the model that expert_flops_saved compares with; null: top_k where m = 0, else 2.",
         at_least=1,
     )
+    null_types: NullTypesConfig = section(NullTypesConfig, "Kinds of null experts.")
     router: RouterConfig = section(RouterConfig, "Router.")
     dispatcher: DispatcherConfig = section(DispatcherConfig, "Dispatcher.")
     experts: ExpertsConfig = section(ExpertsConfig, "Expert kernels.")
+
+    @property
+    def expected_load(self) -> float:
+        """True experts a token at balance: k n / (n + m), or k (1 - r) where the balance loss holds a null share r."""
+        balance = self.router.balance
+        if balance.type == "grouped" and balance.target_null_share is not None:
+            return self.top_k * (1.0 - balance.target_null_share)
+        return self.top_k * self.num_experts / (self.num_experts + self.num_null_experts)

@@ -6,6 +6,7 @@ from typing import Any
 
 from adamoe_dist.config.load import refuse
 from adamoe_dist.config.tree import Config
+from adamoe_dist.config.validate_router import check_router
 
 MICRO_BATCH_TOKENS = 16384
 
@@ -106,6 +107,7 @@ def _check_moe(config: Config, problems: list[str]) -> None:
         )
     if router.type == "topk":
         _check_baseline_router(config, problems)
+    check_router(config, problems)
     if balance.type == "none" and balance.final_coefficient is not None:
         problems.append(
             f"moe.router.balance.final_coefficient={balance.final_coefficient} does nothing with "
@@ -125,9 +127,10 @@ def _check_baseline_router(config: Config, problems: list[str]) -> None:
             f"moe.num_null_experts={moe.num_null_experts} needs moe.router.type=adamoe; Megatron's own router "
             "(moe.router.type=topk) knows none: set it to 0"
         )
-    if router.balance.type == "null_averaged":
+    if router.balance.type in ("null_averaged", "grouped"):
         problems.append(
-            "moe.router.balance.type=null_averaged is AdaMoE's loss; with moe.router.type=topk use switch or none"
+            f"moe.router.balance.type={router.balance.type} is AdaMoE's loss; with moe.router.type=topk use switch or "
+            "none"
         )
     if router.normalize == "all_selected":
         problems.append(

@@ -20,6 +20,7 @@ from adamoe_dist.experts import choose_kernel
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
 from adamoe_dist.model.modules import CausalAttention, RMSNorm
 from adamoe_dist.model.moe_layer import AdaMoELayer
+from adamoe_dist.routing import chain_routers
 
 
 class LanguageModel(torch.nn.Module):
@@ -94,7 +95,10 @@ def build_model(config: Config, resolved: Resolved, vocab_size: int, dtype: torc
         rotary_base=config.model.rotary_base,
         parallel_output=True,
     )
-    return BuiltModel(LanguageModel(gpt), kernel, reason)
+    model = LanguageModel(gpt)
+    if config.moe.router.gating_residual:
+        chain_routers([layer.router for layer in model.moe_layers])
+    return BuiltModel(model, kernel, reason)
 
 
 def block_spec(config: Config, megatron: AdaMoETransformerConfig) -> TransformerBlockSubmodules:

@@ -14,7 +14,7 @@ from torch import Tensor
 from adamoe_dist.dispatch import TrueExpertDispatcher
 from adamoe_dist.experts import GroupedExperts
 from adamoe_dist.model.config import AdaMoETransformerConfig
-from adamoe_dist.routing import AdaMoERouter, CountedTopKRouter, RoutingCounters, RoutingStatistics
+from adamoe_dist.routing import AdaMoERouter, CountedTopKRouter, NullExperts, RoutingCounters, RoutingStatistics
 
 
 class SharedExperts(SharedExpertMLP):
@@ -55,6 +55,8 @@ class AdaMoELayer(MoELayer):
             **version_keywords,
         )
         self.counters = counters
+        self.null_experts = _null_experts(config)
+        self._null_output: Tensor | None = None
         if not self.is_baseline:
             self.token_dispatcher = TrueExpertDispatcher(
                 self.num_local_experts, config, groups, config.moe.dispatcher.deduplicate
@@ -73,10 +75,28 @@ class AdaMoELayer(MoELayer):
         elif self.config.moe.router.balance.type != "none":
             self.config.moe_aux_loss_coeff = coefficient * self.config.moe.top_k
 
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route as Megatron does, and compute here what null experts return."""
+        routed: tuple[Tensor, Tensor] = super().route(hidden_states, padding_mask)
+        if self.null_experts is not None:
+            tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+            output_TH = self.null_experts(tokens_TH, self.router.take_null_weights())
+            self._null_output = output_TH.view(hidden_states.shape)
+        return routed
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """Combine as Megatron does, and add what null experts returned."""
+        combined: Tensor = super().postprocess(output, shared_expert_output)
+        if self.null_experts is None:
+            return combined
+        null_output, self._null_output = self._null_output, None
+        assert null_output is not None, "postprocess without route"
+        return combined + null_output
+
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Plan the dispatch as Megatron does, and count what it sends to other ranks."""
         planned: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # once, also where the layer is recomputed
             self._count_dispatch(hidden_states, probs, routing_map)
         return planned
 
@@ -97,6 +117,16 @@ def _baseline_statistics(routing_map_TE: Tensor, top_k: int) -> RoutingStatistic
     tokens_by_load_L = torch.zeros(top_k + 1, dtype=torch.int64, device=routing_map_TE.device)
     tokens_by_load_L[top_k] = routing_map_TE.shape[0]
     return RoutingStatistics(tokens_by_load_L, routing_map_TE.sum(dim=0))
+
+
+def _null_experts(config: AdaMoETransformerConfig) -> NullExperts | None:
+    """Return the null experts that have an output, if there are any."""
+    types = config.moe.null_types
+    if types.identity + types.constant == 0:
+        return None
+    return NullExperts(
+        types.constant, config.hidden_size, config.init_method, config.params_dtype, config.sequence_parallel
+    )
 
 
 def _submodules(config: AdaMoETransformerConfig, counters: RoutingCounters) -> MoESubmodules:

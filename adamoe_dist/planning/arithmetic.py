@@ -37,7 +37,8 @@ def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
     attention = width * width * 2 + 2 * width * (width // heads) * groups
     moe_layers = model.num_layers // moe.layer_frequency
     null_rows = 1 if moe.num_null_experts and moe.router.null_init == "shared" else moe.num_null_experts
-    router = (moe.num_experts + null_rows) * width
+    router = (moe.num_experts + null_rows) * width + 3 * width * moe.null_types.constant
+    gating_residual = (moe_layers - 1) * (moe.num_experts + moe.num_null_experts) ** 2
     shared = 3 * width * (moe.shared_expert_hidden_size or 0)
     feed_forward = 3 * width * (model.ffn_hidden_size or 4 * width)
     embedding = padded_vocab_size * width
@@ -46,6 +47,7 @@ def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
         dense=embedding * (1 if model.tie_embeddings else 2)
         + model.num_layers * (attention + 2 * width)
         + moe_layers * (router + shared)
+        + (gating_residual if moe.router.gating_residual else 0)
         + (model.num_layers - moe_layers) * feed_forward
         + width,
         expert=moe_layers * moe.num_experts * one_expert,
@@ -56,9 +58,8 @@ def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
 
 
 def expected_load(config: Config) -> float:
-    """Return the true experts a token at perfect balance: k n / (n + m)."""
-    moe = config.moe
-    return moe.top_k * moe.num_experts / (moe.num_experts + moe.num_null_experts)
+    """Return the true experts a token that the run is laid out for: :attr:`MoEConfig.expected_load`."""
+    return config.moe.expected_load
 
 
 def flops_per_token(config: Config, parameters: Parameters, true_experts_per_token: float) -> float:

@@ -80,6 +80,7 @@ def install_stand_ins() -> None:
         setattr(torch.cuda, name, replacement)
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     _adapt_moe_modules()
+    _adapt_recomputation()
 
 
 def _adapt_moe_modules() -> None:
@@ -97,3 +98,11 @@ def _adapt_moe_modules() -> None:
         return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_host_value
+
+
+def _adapt_recomputation() -> None:
+    """Let Megatron's activation recompute save and restore random states where there is no CUDA generator."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    random._set_cuda_rng_state = lambda *_, **__: None

@@ -8,12 +8,20 @@ from torch import Tensor
 
 from adamoe_dist.routing.counters import RoutingCounters
 from adamoe_dist.routing.losses import z_loss
+from adamoe_dist.routing.statistics import nonfinite_tokens
 
 
 class CountedTopKRouter(TopKRouter):
     """Megatron's router as it is; its losses are added to this layer's counters as well."""
 
     counters: RoutingCounters
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Score as Megatron does, and count the tokens whose scores are not finite."""
+        logits: Tensor = super().gating(input)
+        if self.training and torch.is_grad_enabled():
+            self.counters.add_nonfinite(nonfinite_tokens(logits.reshape(-1, logits.shape[-1])))
+        return logits
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *arguments: Any, **keywords: Any

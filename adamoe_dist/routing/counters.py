@@ -12,6 +12,8 @@ SUMS = (
     "dispatch_rows",
     "dispatch_rows_undeduplicated",
     "dispatch_bytes",
+    "dropped_pairs",
+    "nonfinite_tokens",
 )
 
 
@@ -28,6 +30,7 @@ class RoutingCounters:
         """Start a new step."""
         self._sums: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
         self._routing: Tensor | None = None
+        self._loads: Tensor | None = None
 
     def add_statistics(self, statistics: RoutingStatistics) -> None:
         """Add one micro-batch's selection."""
@@ -49,9 +52,26 @@ class RoutingCounters:
         self._add("dispatch_rows_undeduplicated", rows_undeduplicated)
         self._add("dispatch_bytes", sent_bytes)
 
+    def add_dropped(self, pairs: Tensor) -> None:
+        """Add the (token, true expert) pairs that exceeded an expert's capacity."""
+        self._add("dropped_pairs", pairs)
+
+    def add_nonfinite(self, tokens: Tensor) -> None:
+        """Add the real tokens whose scores hold NaN or infinity."""
+        self._add("nonfinite_tokens", tokens)
+
+    def add_loads(self, loads: Tensor) -> Tensor:
+        """Add the loads of one micro-batch and return those of the step so far."""
+        self._loads = loads if self._loads is None else self._loads + loads
+        return self._loads
+
+    def value(self, name: str, device: torch.device) -> Tensor:
+        """Return one of the sums as a 0-d fp64 tensor, without waiting for the device."""
+        return torch.as_tensor(self._sums[name], dtype=torch.float64, device=device)
+
     def vector(self, device: torch.device) -> Tensor:
         """Return the sums as one fp64 vector that can be added over layers and ranks: see :func:`read_vector`."""
-        sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64, device=device) for name in SUMS])
+        sums = torch.stack([self.value(name, device) for name in SUMS])
         routing = self._routing
         if routing is None:
             routing = torch.zeros(self.top_k + 1 + self.num_experts, device=device)

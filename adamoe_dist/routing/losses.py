@@ -3,14 +3,32 @@
 Axes: T tokens, E true experts (n), N null experts (m), A = E + N (true experts first).
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from adamoe_dist.routing.selection import Selection
+from adamoe_dist.routing.selection import NO_SCORE, ScoreFunction, Selection
 
-BalanceKind = Literal["null_averaged", "switch"]
+BalanceKind = Literal["null_averaged", "grouped", "switch"]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoads:
+    """Loads counted over more than one rank's micro-batch.
+
+    Attributes:
+        counts_A: int64 (A,), real tokens that selected each expert.
+        tokens: int64 0-d, real tokens that the counts are of.
+        micro_batch_tokens: int64 0-d, real tokens of all ranks in the current micro-batch alone.
+        ranks: Ranks over which the losses will be averaged.
+    """
+
+    counts_A: Tensor
+    tokens: Tensor
+    micro_batch_tokens: Tensor
+    ranks: int
 
 
 def balance_loss(
@@ -18,18 +36,27 @@ def balance_loss(
     selection: Selection,
     kind: BalanceKind,
     padding_mask_T: Tensor | None = None,
+    *,
+    score_function: ScoreFunction = "softmax",
+    target_null_share: float | None = None,
+    batch: BatchLoads | None = None,
 ) -> Tensor:
     """Load-balancing loss over true and null experts: `(n + m) * sum_i f_i P_i`.
 
     `f_i` is the fraction of real tokens that select expert i (eq. 4) and `P_i` the mean over real tokens of
     its softmax over all n + m logits (eq. 5). `null_averaged` is eq. 6: the loads of the null experts are
     replaced by their mean, so that nothing balances one null expert against another. `switch` is eq. 3 over
-    n + m distinct experts. Without null experts the two are equal.
+    n + m distinct experts. Without null experts the two are equal. `grouped` balances nothing but the group of true
+    experts against the group of null experts, at a null share r (`balanced_loads`).
 
     At balance the value is k, as in the paper, since the f_i sum to k. Megatron's convention is 1: the same
     coefficient acts here k times as strongly.
 
     The loads have no gradient; the probabilities have.
+
+    With `batch` the loads are those of many micro-batches, while the probabilities stay this rank's: their sum is
+    divided by the mean number of real tokens per rank, so that the mean of the ranks' losses is the loss of all
+    their tokens, however unevenly padding falls.
 
     Args:
         logits_TA: Router logits (T, A); the loss is computed in fp32, or in their precision if it is higher.
@@ -37,49 +64,86 @@ def balance_loss(
         kind: Which loads are balanced.
         padding_mask_T: Bool (T,), true for padding, which counts in neither load nor probability. The mask
             given to `select`.
+        score_function: What makes probabilities of logits.
+        target_null_share: r of `grouped`; None is m / (n + m).
+        batch: Loads counted over more than these tokens, or None for these alone.
 
     Returns:
         0-d tensor; exactly 0, with zero gradients, if there is no real token.
     """
+    scores_TA = _scores(logits_TA, padding_mask_T, score_function)
+    if batch is None:
+        counts_A, tokens = selected_counts(selection, padding_mask_T)
+        tokens_per_rank = tokens.clamp(min=1).to(scores_TA.dtype)
+    else:
+        counts_A, tokens = batch.counts_A, batch.tokens
+        tokens_per_rank = batch.micro_batch_tokens.clamp(min=1).to(scores_TA.dtype) / batch.ranks
+    fractions_A = counts_A.to(scores_TA.dtype) / tokens.clamp(min=1)
+    balanced_A = balanced_loads(fractions_A, selection.num_true, kind, target_null_share)
+    return logits_TA.shape[1] * (balanced_A * (scores_TA.sum(dim=0) / tokens_per_rank)).sum()
+
+
+@torch.no_grad()
+def selected_counts(selection: Selection, padding_mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Real tokens that selected each expert (A,), and all real tokens (0-d), int64 on the selection's device."""
     selected_TA = selection.selected_TA
-    if padding_mask_T is not None:
-        selected_TA = selected_TA & ~padding_mask_T.unsqueeze(1)
-    probs_A = mean_probabilities(logits_TA, padding_mask_T)
-    real_tokens = _real_tokens(logits_TA, padding_mask_T)
-    fractions_A = selected_TA.sum(dim=0).to(probs_A.dtype) / real_tokens
-    balanced_A = balanced_loads(fractions_A, selection.num_true, kind)
-    return logits_TA.shape[1] * (balanced_A * probs_A).sum()
+    if padding_mask_T is None:
+        return selected_TA.sum(dim=0), selected_TA.any(dim=1).sum()
+    real_T = ~padding_mask_T
+    return (selected_TA & real_T.unsqueeze(1)).sum(dim=0), real_T.sum()
 
 
-def balanced_loads(fractions_A: Tensor, num_true: int, kind: BalanceKind) -> Tensor:
-    """The loads that the balance loss weighs probabilities with: f (eq. 3) or f~ (eq. 6).
+def balanced_loads(
+    fractions_A: Tensor, num_true: int, kind: BalanceKind, target_null_share: float | None = None
+) -> Tensor:
+    """The loads that the balance loss weighs probabilities with: f (eq. 3), f~ (eq. 6) or those of two groups.
+
+    `grouped` is ZEDA's loss: with f_E, f_Z the groups' loads (sums of f) and P_E, P_Z their probabilities (sums of P)
+    it is `L = f_E P_E / (1 - r) + f_Z P_Z / r`. ZEDA writes `(N + N_Z w)/K (f_E P_E / N + f_Z P_Z / (N_Z w))` with
+    `r = N_Z w / (N + N_Z w)`; this is the same times k. At f_Z = r k and P_Z = r it is k. As P_E = 1 - P_Z, its
+    gradient in P_Z is `f_Z / r - f_E / (1 - r)`: zero at a null share of r, and towards it elsewhere.
 
     Args:
         fractions_A: Fraction of real tokens that select each expert (A,), summing to k.
         num_true: Number of true experts n.
-        kind: `switch` keeps the loads, `null_averaged` replaces those of the null experts by their mean.
+        kind: `switch` keeps the loads, `null_averaged` replaces those of the null experts by their mean, `grouped`
+            gives each expert its group's load, over the number of slots per (n + m) that the group should take.
+        target_null_share: r of `grouped`; None is m / (n + m), where `grouped` gives each expert its group's mean.
 
     Returns:
-        Loads (A,) with the same sum.
+        Loads (A,), with the same sum unless a target moves it.
     """
-    if kind == "switch" or fractions_A.shape[0] == num_true:
+    experts = fractions_A.shape[0]
+    if kind == "switch" or (experts == num_true and kind == "null_averaged"):
         return fractions_A
-    null_N = fractions_A[num_true:]
-    return torch.cat((fractions_A[:num_true], null_N.mean().expand_as(null_N)))
+    true_E, null_N = fractions_A[:num_true], fractions_A[num_true:]
+    if kind == "null_averaged":
+        return torch.cat((true_E, null_N.mean().expand_as(null_N)))
+    assert experts > num_true, "grouped needs null experts"
+    share = (experts - num_true) / experts if target_null_share is None else target_null_share
+    return torch.cat(
+        (
+            (true_E.sum() / (experts * (1.0 - share))).expand_as(true_E),
+            (null_N.sum() / (experts * share)).expand_as(null_N),
+        )
+    )
 
 
-def mean_probabilities(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+def mean_probabilities(
+    logits_TA: Tensor, padding_mask_T: Tensor | None = None, score_function: ScoreFunction = "softmax"
+) -> Tensor:
     """Mean over real tokens of the softmax over all experts (eq. 5).
 
     Args:
         logits_TA: Router logits (T, A).
         padding_mask_T: Bool (T,), true for padding.
+        score_function: `sigmoid` takes each token's sigmoid scores over their sum instead, as Megatron does.
 
     Returns:
         Probabilities (A,) that sum to 1, or to 0 if there is no real token.
     """
-    probs_TA = torch.softmax(_blank_padding(logits_TA, padding_mask_T), dim=1)
-    return _blank_padding(probs_TA, padding_mask_T).sum(dim=0) / _real_tokens(logits_TA, padding_mask_T)
+    scores_TA = _scores(logits_TA, padding_mask_T, score_function)
+    return scores_TA.sum(dim=0) / _real_tokens(logits_TA, padding_mask_T)
 
 
 def z_loss(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
@@ -127,6 +191,17 @@ def _real_tokens(logits_TA: Tensor, padding_mask_T: Tensor | None) -> Tensor | i
     if padding_mask_T is None:
         return max(logits_TA.shape[0], 1)
     return (~padding_mask_T).sum().clamp(min=1)
+
+
+def _scores(logits_TA: Tensor, padding_mask_T: Tensor | None, score_function: ScoreFunction) -> Tensor:
+    """Probabilities (T, A) of each real token, 0 for padding."""
+    logits_TA = _blank_padding(logits_TA, padding_mask_T)
+    if score_function == "softmax":
+        scores_TA = torch.softmax(logits_TA, dim=1)
+    else:
+        sigmoid_TA = torch.sigmoid(logits_TA)
+        scores_TA = sigmoid_TA / (sigmoid_TA.sum(dim=1, keepdim=True) + NO_SCORE)
+    return _blank_padding(scores_TA, padding_mask_T)
 
 
 def _blank_padding(values_TA: Tensor, padding_mask_T: Tensor | None) -> Tensor:

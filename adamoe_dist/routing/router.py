@@ -4,6 +4,7 @@ Legend: T tokens, H hidden size, E true experts (n), N null experts (m), A = E +
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -11,11 +12,13 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
 from adamoe_dist.config import MoEConfig
+from adamoe_dist.routing.capacity import expert_capacity, within_capacity
 from adamoe_dist.routing.counters import RoutingCounters
+from adamoe_dist.routing.gating_residual import ScoreChain
 from adamoe_dist.routing.initialisation import expand_shared, initial_null_rows
-from adamoe_dist.routing.losses import balance_loss, z_loss
+from adamoe_dist.routing.losses import BatchLoads, balance_loss, selected_counts, z_loss
 from adamoe_dist.routing.selection import Selection, select
-from adamoe_dist.routing.statistics import routing_statistics
+from adamoe_dist.routing.statistics import nonfinite_tokens, routing_statistics
 
 
 class AdaMoERouter(Router):
@@ -28,6 +31,9 @@ class AdaMoERouter(Router):
     is ``k x balance_coefficient`` at perfect balance, where Megatron's own convention is the coefficient itself. With
     weights normalised over the true experts the language-model loss gives null scores no gradient at all: the null
     share is steered by the balance loss.
+
+    Losses are attached and everything is counted where gradients are recorded, hence once under activation recompute,
+    whose first forward pass records none.
     """
 
     balance_coefficient: float
@@ -47,6 +53,9 @@ class AdaMoERouter(Router):
         self.moe = moe
         self.counters = counters
         self.balance_coefficient = moe.router.balance.coefficient
+        self._chain: ScoreChain | None = None
+        self._place = 0
+        self._null_weights_TW: Tensor | None = None
         if moe.num_null_experts > 0:
             rows_NH = initial_null_rows(
                 moe.router.null_init, self.weight.detach(), moe.num_null_experts, self.config.init_method
@@ -55,6 +64,19 @@ class AdaMoERouter(Router):
             self.null_weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         else:
             self.register_parameter("null_weight", None)
+        self.register_parameter("gating_residual_weight", None)
+
+    def join(self, chain: ScoreChain, place: int) -> None:
+        """Take ``place`` (from 0) in a chain of routers; all but the first get ``gating_residual_weight`` (A, A).
+
+        It starts at zero, so that the model starts as the one without.
+        """
+        self._chain, self._place = chain, place
+        if place > 0:
+            experts = self.moe.num_experts + self.moe.num_null_experts
+            weight_AA = torch.nn.Parameter(torch.zeros(experts, experts, dtype=self.weight.dtype))
+            weight_AA.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+            self.gating_residual_weight = weight_AA
 
     def gating(self, input: Tensor) -> Tensor:
         """Return fp32 scores (T, A) of token vectors (..., H): the true experts' columns first."""
@@ -70,12 +92,23 @@ class AdaMoERouter(Router):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return combine weights and map over the true experts, each (T, E), with the losses attached."""
         mask_T = padding_mask.reshape(-1) if padding_mask is not None else None
-        selection = select(logits, self.moe.num_experts, self.moe.top_k, self.moe.router.normalize, mask_T)
-        probs_TE = selection.probs_TE
+        router, types = self.moe.router, self.moe.null_types
+        num_with_output = types.identity + types.constant
+        selection = select(
+            logits,
+            self.moe.num_experts,
+            self.moe.top_k,
+            router.normalize,
+            mask_T,
+            score_function=router.score_function,
+            num_with_output=num_with_output,
+        )
+        self._null_weights_TW = selection.null_probs_TW if num_with_output else None
+        probs_TE, map_TE = self._within_capacity(selection)
         if self.training and torch.is_grad_enabled():
+            self._count(logits, selection, map_TE, mask_T)
             probs_TE = self._attach_losses(probs_TE, logits, selection, mask_T)
-            self.counters.add_statistics(routing_statistics(selection, mask_T))
-        return probs_TE, selection.routing_map_TE
+        return probs_TE, map_TE
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route token vectors (..., H).
@@ -87,19 +120,80 @@ class AdaMoERouter(Router):
         Returns:
             ``(probs (T, E), routing_map (T, E))``: what Megatron's MoE layer expects, null experts left out.
         """
-        return self.routing(self.gating(input), padding_mask)
+        return self.routing(self._with_residual(self.gating(input)), padding_mask)
+
+    def take_null_weights(self) -> Tensor:
+        """Return the weights (T, W) of identity and constant experts that the last routing gave, and forget them."""
+        weights_TW, self._null_weights_TW = self._null_weights_TW, None
+        assert weights_TW is not None, "the router has not run"
+        return weights_TW
+
+    def _with_residual(self, logits_TA: Tensor) -> Tensor:
+        """Add the map of the previous router's scores, and leave these for the next."""
+        if self._chain is None:
+            return logits_TA
+        assert torch.is_grad_enabled() or not self.training, (
+            "moe.router.gating_residual: a layer trains without recording gradients, as a recomputed one does; its "
+            "scores would reach the next layer without a gradient"
+        )
+        if self.gating_residual_weight is not None:
+            previous_TA = self._chain.take(self._place, logits_TA.shape[0])
+            logits_TA = logits_TA + F.linear(previous_TA, self.gating_residual_weight.to(torch.float32))
+        self._chain.give(self._place, logits_TA)
+        return logits_TA
+
+    def _within_capacity(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Return weights and map without the pairs beyond an expert's capacity; nothing is renormalised."""
+        factor = self.moe.router.capacity_factor
+        if factor is None:
+            return selection.probs_TE, selection.routing_map_TE
+        probs_TE, map_TE = selection.probs_TE, selection.routing_map_TE
+        capacity = expert_capacity(map_TE.shape[0], factor, self.moe.expected_load, self.moe.num_experts)
+        kept_TE = within_capacity(probs_TE, map_TE, capacity, self.moe.router.drop_policy)
+        return probs_TE.masked_fill(~kept_TE, 0.0), kept_TE
+
+    @torch.no_grad()
+    def _count(self, logits_TA: Tensor, selection: Selection, kept_TE: Tensor, mask_T: Tensor | None) -> None:
+        self.counters.add_statistics(routing_statistics(selection, mask_T))
+        self.counters.add_nonfinite(nonfinite_tokens(logits_TA, mask_T))
+        if self.moe.router.capacity_factor is not None:
+            self.counters.add_dropped(selection.routing_map_TE.sum() - kept_TE.sum())
 
     def _attach_losses(
         self, probs_TE: Tensor, logits_TA: Tensor, selection: Selection, mask_T: Tensor | None
     ) -> Tensor:
-        kind = self.moe.router.balance.type
-        if kind != "none" and self.balance_coefficient > 0:
-            loss = balance_loss(logits_TA, selection, kind, mask_T)
+        router, balance = self.moe.router, self.moe.router.balance
+        if balance.type != "none" and self.balance_coefficient > 0:
+            loss = balance_loss(
+                logits_TA,
+                selection,
+                balance.type,
+                mask_T,
+                score_function=router.score_function,
+                target_null_share=balance.target_null_share,
+                batch=self._batch_loads(selection, mask_T) if balance.scope == "global_batch" else None,
+            )
             loss = loss * self.balance_coefficient
             self.counters.add_balance_loss(loss)
             probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss)
-        if self.moe.router.z_loss_coefficient > 0:
-            loss = z_loss(logits_TA, mask_T) * self.moe.router.z_loss_coefficient
+        if router.z_loss_coefficient > 0:
+            loss = z_loss(logits_TA, mask_T) * router.z_loss_coefficient
             self.counters.add_z_loss(loss)
             probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss)
         return probs_TE
+
+    @torch.no_grad()
+    def _batch_loads(self, selection: Selection, mask_T: Tensor | None) -> BatchLoads:
+        """Count over all ranks and over the step's micro-batches so far. Collective."""
+        counts_A, tokens = selected_counts(selection, mask_T)
+        here = torch.cat((counts_A, tokens.view(1)))
+        dist.all_reduce(here, group=self.tp_dp_cp_group)
+        so_far = self.counters.add_loads(here)
+        return BatchLoads(so_far[:-1], so_far[-1], here[-1], dist.get_world_size(self.tp_dp_cp_group))
+
+
+def chain_routers(routers: list[AdaMoERouter]) -> None:
+    """Let each router add a learned map of the previous one's scores to its own (MoE++)."""
+    chain = ScoreChain(len(routers))
+    for place, router in enumerate(routers):
+        router.join(chain, place)

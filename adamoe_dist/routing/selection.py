@@ -1,15 +1,21 @@
 """Which experts a token uses, and with what weight.
 
-Axes: T tokens, E true experts (n), N null experts (m), A = E + N (true experts first), K selected slots.
+Axes: T tokens, E true experts (n), N null experts (m), W null experts that have an output (the last of the N),
+A = E + N (true experts first), K selected slots.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Normalize = Literal["true_experts", "all_selected", "none"]
+ScoreFunction = Literal["softmax", "sigmoid"]
+
+NO_SCORE = 1e-20
+"""Added to sums of sigmoid scores before they divide, as Megatron does: an empty sum gives 0, not NaN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +29,13 @@ class Selection:
         probs_TE: Combine weights over the true experts, fp32 (fp64 for fp64 logits), 0 where not selected.
         selected_TA: Bool, the slots of real tokens over true and null experts; all false for padding.
         top_indices_TK: int64, the columns chosen, best first; those of padding tokens mean nothing.
+        null_probs_TW: Weights of the null experts that have an output, 0 where not selected; (T, 0) without.
     """
 
     probs_TE: Tensor
     selected_TA: Tensor
     top_indices_TK: Tensor
+    null_probs_TW: Tensor
 
     @property
     def num_true(self) -> int:
@@ -51,52 +59,119 @@ def select(
     top_k: int,
     normalize: Normalize,
     padding_mask_T: Tensor | None = None,
+    *,
+    score_function: ScoreFunction = "softmax",
+    bias_E: Tensor | None = None,
+    num_with_output: int = 0,
 ) -> Selection:
-    """Select k of the n + m experts of each token and weigh the true ones (AdaMoE, eq. 1).
+    """Select k of the n + m experts of each token and weigh those that have an output (AdaMoE, eq. 1).
 
-    The selection is by top-k over all columns. The weights of the selected true experts are
+    The selection is by top-k over all columns; among equals the lowest column wins, whatever else is in the
+    batch (`ranked_top_k`). With a bias it is the top-k of score + bias (LongCat-Flash), where the score is the
+    softmax over all n + m logits or the sigmoid of each; the bias touches no weight and has no gradient.
 
-    * `true_experts`: softmax over the selected true logits, so that they sum to 1, or to 0 for a token that
-      chose null experts only. The task loss then gives null logits a gradient of exactly zero, and true
-      logits one only where a token has at least two true experts.
-    * `all_selected`: softmax over all k selected logits, of which the null ones are then dropped.
+    Weights are given to the experts that have an output: true experts, and identity and constant null experts
+    (MoE++). With zero experts only, these are the true experts. The weights are
+
+    * `true_experts`: softmax over the selected logits of experts that have an output, so that they sum to 1, or
+      to 0 for a token that chose zero experts only. With zero experts only, the task loss then gives null
+      logits a gradient of exactly zero, and true logits one only where a token has at least two true experts.
+    * `all_selected`: softmax over all k selected logits, of which those of zero experts are then dropped.
     * `none`: softmax over all n + m logits, not renormalised.
 
-    Without null experts, `true_experts` (and `all_selected`) equals Megatron's softmax after top-k and `none`
-    its softmax before top-k, bit for bit, in value and in gradient.
+    With `score_function="sigmoid"` the first two divide the selected sigmoid scores by their sum, and `none`
+    takes the scores as they are.
+
+    Without null experts and without ties, `true_experts` (and `all_selected`) equals Megatron's softmax after
+    top-k, and its sigmoid for k > 1, and `none` its softmax before top-k, bit for bit, in value and in gradient.
+    (At k = 1 Megatron leaves a sigmoid score as it is: `none`.)
 
     Args:
-        logits_TA: Router logits (T, A) in fp32 or fp64, the `num_true` true experts first.
+        logits_TA: Router logits (T, A) in fp32 or fp64, the `num_true` true experts first. NaN and infinity pass
+            into the weights of their token alone.
         num_true: Number of true experts n, at most A.
         top_k: Slots per token k, at most A.
-        normalize: How the weights of the selected true experts are scaled.
+        normalize: How the weights are scaled.
         padding_mask_T: Bool (T,), true for padding. Padding goes to no expert, and its logits receive a
             gradient of exactly zero.
+        score_function: What makes scores of logits.
+        bias_E: fp32 (E,), added to the true experts' scores for the selection alone.
+        num_with_output: W, how many of the last null columns have an output.
 
     Returns:
         The selection.
     """
-    assert 0 < top_k <= logits_TA.shape[1], f"top_k {top_k} of {logits_TA.shape[1]} experts"
+    experts = logits_TA.shape[1]
+    assert 0 < top_k <= experts, f"top_k {top_k} of {experts} experts"
     assert logits_TA.dtype in (torch.float32, torch.float64), f"router logits in {logits_TA.dtype}"
-    assert num_true <= logits_TA.shape[1], f"{num_true} true experts of {logits_TA.shape[1]}"
+    assert num_true <= experts, f"{num_true} true experts of {experts}"
+    assert num_with_output <= experts - num_true, f"{num_with_output} of {experts - num_true} null experts"
     if padding_mask_T is not None:
         logits_TA = logits_TA.masked_fill(padding_mask_T.unsqueeze(1), 0.0)
     # Where softmax rounds two logits to one probability, their order is that of Megatron's pre-softmax path.
-    scores_TA = torch.softmax(logits_TA, dim=1) if normalize == "none" else logits_TA
-    scores_TK, top_indices_TK = torch.topk(scores_TA, top_k, dim=1)
-    dropped_TK = top_indices_TK >= num_true
+    is_plain_softmax = normalize == "none" and score_function == "softmax"
+    scores_TA = torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
+    ranking_TA = scores_TA if bias_E is None else _biased_scores(logits_TA, score_function, bias_E)
+    top_indices_TK = ranked_top_k(ranking_TA, top_k)
+    first_with_output = experts - num_with_output
+    dropped_TK = (top_indices_TK >= num_true) & (top_indices_TK < first_with_output)
     if padding_mask_T is not None:
         dropped_TK = dropped_TK | padding_mask_T.unsqueeze(1)
-    probs_TK = _slot_weights(scores_TK, dropped_TK, normalize)
+    scores_TK = scores_TA.gather(1, top_indices_TK)
+    if score_function == "softmax":
+        probs_TK = _softmax_weights(scores_TK, dropped_TK, normalize)
+    else:
+        probs_TK = _sigmoid_weights(scores_TK, dropped_TK, normalize)
     probs_TA = torch.zeros_like(logits_TA).scatter(1, top_indices_TK, probs_TK)
     return Selection(
         probs_TE=probs_TA[:, :num_true],
         selected_TA=_selected(logits_TA, top_indices_TK, padding_mask_T),
         top_indices_TK=top_indices_TK,
+        null_probs_TW=probs_TA[:, first_with_output:],
     )
 
 
-def _slot_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:
+@torch.no_grad()
+def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
+    """Columns of the k highest scores of each row, best first; among equals the lowest column wins.
+
+    `torch.topk` promises nothing about equals. Here fp32 scores become int64 keys, of which no two in a row are
+    equal: the score's bits in an order-preserving form above, the column, reversed, below. That costs half of
+    what a stable sort does (docs/design.md); fp64 scores, which leave no room for a column, are sorted.
+    Negative and positive zero are equal; NaN has a place that depends on its bits alone.
+
+    Args:
+        scores_TA: Scores (T, A) in fp32 or fp64.
+        top_k: Columns to choose, at most A.
+
+    Returns:
+        int64 (T, K).
+    """
+    scores_TA = scores_TA + 0.0  # -0.0 + 0.0 is 0.0
+    if scores_TA.dtype == torch.float64:
+        return torch.sort(scores_TA, dim=1, descending=True, stable=True).indices[:, :top_k]
+    bits_TA = scores_TA.view(torch.int32)
+    ordered_TA = torch.where(bits_TA < 0, bits_TA ^ 0x7FFFFFFF, bits_TA)
+    reversed_A = torch.arange(scores_TA.shape[1] - 1, -1, -1, device=scores_TA.device)
+    keys_TA = (ordered_TA.long() << 32) | reversed_A
+    return torch.topk(keys_TA, top_k, dim=1).indices
+
+
+@torch.no_grad()
+def _biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tensor) -> Tensor:
+    """Scores (T, A) with the bias on the true experts' columns, for the selection.
+
+    The CPU's fp32 sigmoid rounds an element by its place in memory, hence by the batch; rounding an fp64 one does
+    not.
+    """
+    if score_function == "softmax":
+        scores_TA = torch.softmax(logits_TA, dim=1)
+    else:
+        scores_TA = torch.sigmoid(logits_TA.double()).to(logits_TA.dtype)
+    return scores_TA + F.pad(bias_E.to(scores_TA.dtype), (0, scores_TA.shape[1] - bias_E.shape[0]))
+
+
+def _softmax_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:
     """Weight of each slot, 0 in the dropped ones, with no NaN where a token drops all of its slots."""
     if normalize == "true_experts":
         # Not -inf: a row of it gives NaN, masked in the end but reported by autograd's anomaly detection.
@@ -104,6 +179,16 @@ def _slot_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -
         scores_TK = torch.softmax(scores_TK.masked_fill(dropped_TK, lowest), dim=1)
     elif normalize == "all_selected":
         scores_TK = torch.softmax(scores_TK, dim=1)
+    return scores_TK.masked_fill(dropped_TK, 0.0)
+
+
+def _sigmoid_weights(logits_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:
+    """Weight of each slot, 0 in the dropped ones and where there is nothing to divide by."""
+    scores_TK = torch.sigmoid(logits_TK)
+    if normalize == "true_experts":
+        scores_TK = scores_TK.masked_fill(dropped_TK, 0.0)
+    if normalize != "none":
+        scores_TK = scores_TK / (scores_TK.sum(dim=1, keepdim=True) + NO_SCORE)
     return scores_TK.masked_fill(dropped_TK, 0.0)
 
 

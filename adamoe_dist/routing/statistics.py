@@ -83,3 +83,12 @@ def routing_statistics(selection: Selection, padding_mask_T: Tensor | None = Non
     tokens_by_load_L = torch.zeros(top_k + 1, dtype=torch.int64, device=selected_TA.device)
     tokens_by_load_L.scatter_add_(0, true_TE.sum(dim=1), real_T.long())
     return RoutingStatistics(tokens_by_load_L, true_TE.sum(dim=0))
+
+
+@torch.no_grad()
+def nonfinite_tokens(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+    """Count the real tokens with a NaN or infinite logit, 0-d int64, without waiting for the device."""
+    bad_T = ~torch.isfinite(logits_TA).all(dim=1)
+    if padding_mask_T is not None:
+        bad_T = bad_T & ~padding_mask_T
+    return bad_T.sum()

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,7 @@ class Trainer:
         """Train to ``train.steps`` and return the exit code: 0, or that of the signal that stopped the run.
 
         Raises:
-            NumericalError: the loss or the gradient norm is NaN or infinite.
+            NumericalError: a router's scores, the loss or the gradient norm are NaN or infinite.
         """
         previous = {number: signal.signal(number, self._note_signal) for number in EXIT_CODES}
         try:
@@ -99,7 +100,8 @@ class Trainer:
             loss = self.engine(tokens.to(self.device, non_blocking=True)).mean()
             self.engine.backward(loss, len(micro_batches))
             total += loss.detach() / len(micro_batches)
-        lm_loss = self._agree(total)
+        lm_loss, bad_tokens = self._agree(total)
+        self._require_finite_scores(bad_tokens, first_sample)
         self._require_finite("loss", lm_loss, first_sample)
         self.engine.set_learning_rate(rate)
         self.engine.step()
@@ -116,25 +118,45 @@ class Trainer:
             layer.counters.reset()
             layer.set_balance_coefficient(coefficient)
 
-    def _agree(self, loss: torch.Tensor) -> float:
-        """Return the mean loss over ranks, and agree on whether a signal asks to stop."""
+    def _agree(self, loss: torch.Tensor) -> tuple[float, list[float]]:
+        """Agree on whether a signal asks to stop, in one collective with what the ranks must know of each other.
+
+        Returns:
+            The mean loss over ranks, and for each MoE layer the tokens of all ranks with NaN or infinite scores.
+        """
         received = torch.zeros(len(EXIT_CODES), dtype=torch.float64, device=self.device)
         if self._received is not None:
             received[list(EXIT_CODES).index(self._received)] = 1.0
-        shared = torch.cat([loss.double().view(1), received])
+        layers = self.model.moe_layers
+        bad_tokens = torch.stack([layer.counters.value("nonfinite_tokens", self.device) for layer in layers])
+        shared = torch.cat([loss.double().view(1), received, bad_tokens])
         dist.all_reduce(shared)
-        for number, count in zip(EXIT_CODES, shared[1:].tolist(), strict=True):
+        total, *counts = shared.tolist()
+        for number, count in zip(EXIT_CODES, counts, strict=False):
             if count > 0:
                 self.stop_signal = number
-        return float(shared[0]) / self.resolved.data_parallel
+        return total / self.resolved.data_parallel, counts[len(EXIT_CODES) :]
+
+    def _require_finite_scores(self, bad_tokens: list[float], first_sample: int) -> None:
+        """Name the first layer that went wrong; the layers above it only inherit that."""
+        for layer, tokens in zip(self.model.moe_layers, bad_tokens, strict=True):
+            if tokens:
+                self._stop(
+                    f"the router of layer {layer.layer_number} gives NaN or infinite scores for {tokens:.0f} tokens of "
+                    f"step {self.step + 1}",
+                    first_sample,
+                )
 
     def _require_finite(self, name: str, value: float, first_sample: int) -> None:
         if not math.isfinite(value):
-            last = first_sample + self.config.train.global_batch_size - 1
-            raise NumericalError(
-                f"the {name} of step {self.step + 1} is {value}; its batch is samples {first_sample} to {last} of the "
-                "data order; lower optimizer.learning_rate or resume from the last checkpoint"
-            )
+            self._stop(f"the {name} of step {self.step + 1} is {value}", first_sample)
+
+    def _stop(self, finding: str, first_sample: int) -> NoReturn:
+        last = first_sample + self.config.train.global_batch_size - 1
+        raise NumericalError(
+            f"{finding}; its batch is samples {first_sample} to {last} of the data order; lower "
+            "optimizer.learning_rate or resume from the last checkpoint"
+        )
 
     def _note_signal(self, number: int, _: FrameType | None) -> None:
         self._received = signal.Signals(number)

@@ -42,7 +42,8 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
 
     ``balance_loss`` and ``z_loss`` are means over layers and micro-batches, coefficients included: the balance loss is
     top_k x alpha at perfect balance. ``dispatch_rows`` and ``dispatch_bytes`` are sums over the step: all layers,
-    micro-batches and ranks, forward only, to other ranks only.
+    micro-batches and ranks, forward only, to other ranks only. ``true_experts_per_token`` counts what was selected;
+    ``dropped_share`` of it exceeded an expert's capacity and was not computed, which ``expert_flops_saved`` counts too.
 
     Args:
         trainer: the loop.
@@ -54,6 +55,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     sums, routing = read_vector(vectors.sum(dim=0), num_experts)
     micro_batches = max(sums["micro_batches"], 1.0)
     overall = routing_shares(routing, trainer.config.moe.top_k)
+    dropped_share = sums["dropped_pairs"] / max(int(routing.true_slots), 1)
     record: Record = {
         "step": result.step,
         "tokens_seen": trainer.tokens_seen,
@@ -70,7 +72,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "dispatch_rows": round(sums["dispatch_rows"]),
         "dispatch_bytes": round(sums["dispatch_bytes"]),
         "dispatch_rows_undeduplicated": round(sums["dispatch_rows_undeduplicated"]),
-        "expert_flops_saved": 1.0 - overall.true_experts_per_token / trainer.config.reference_top_k,
+        "dropped_share": dropped_share,
+        "expert_flops_saved": 1.0
+        - overall.true_experts_per_token * (1.0 - dropped_share) / trainer.config.reference_top_k,
         "memory_peak_gib": peak_memory_gib(trainer.device),
     }
     layers = [routing_shares(read_vector(vector, num_experts)[1], trainer.config.moe.top_k) for vector in vectors]

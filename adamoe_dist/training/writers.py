@@ -21,6 +21,7 @@ TAGS = {
     "true_experts_per_token": "routing/true_experts_per_token",
     "null_share": "routing/null_share",
     "all_null_share": "routing/all_null_share",
+    "dropped_share": "routing/dropped_share",
     "expert_flops_saved": "routing/expert_flops_saved",
     "dispatch_rows": "dispatch/rows",
     "dispatch_rows_undeduplicated": "dispatch/rows_undeduplicated",

@@ -46,6 +46,21 @@ def test_one_difference(make: Make, tree: dict[str, Any], section: str, key: str
     )
 
 
+def test_router_options_that_change_weights_or_their_meaning(make: Make, tree: dict[str, Any]) -> None:
+    path = make(1)
+    tree["moe"]["null_types"]["constant"] = 2
+    tree["moe"]["router"]["score_function"] = "sigmoid"
+    tree["moe"]["router"]["gating_residual"] = True
+    with pytest.raises(UserError) as caught:
+        check_compatible(path, tree, "abc", weights_only=True)
+    for part in (
+        "moe.null_types.constant is 0 there, 2 here",
+        "moe.router.score_function is softmax there, sigmoid here",
+        "moe.router.gating_residual is False there, True here",
+    ):
+        assert part in str(caught.value)
+
+
 def test_all_differences_are_listed(make: Make, tree: dict[str, Any]) -> None:
     path = make(1)
     changed = copy.deepcopy(tree)

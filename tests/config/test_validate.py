@@ -11,6 +11,10 @@ def tree(**changes) -> Config:
     return config_from_dict(merged(BASE, changes))
 
 
+def topk_with(**router) -> dict:
+    return {"moe": {"num_null_experts": 0, "router": {"type": "topk", "balance": {"type": "switch"}, **router}}}
+
+
 def refusal(config: Config, world_size: int = 1) -> str:
     with pytest.raises(UserError) as caught:
         resolve(config, world_size)
@@ -86,6 +90,60 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
             {"moe": {"router": {"balance": {"type": "none", "final_coefficient": 0.1}}}},
             1,
             "moe.router.balance.final_coefficient=0.1 does nothing",
+        ),
+        (
+            {"moe": {"null_types": {"identity": 5, "constant": 4}}},
+            1,
+            "moe.null_types.identity=5 + moe.null_types.constant=4 are more than moe.num_null_experts=8",
+        ),
+        (
+            {"moe": {"null_types": {"identity": 1}, "router": {"type": "topk"}}},
+            1,
+            "moe.null_types.identity=1, moe.null_types.constant=0 need moe.router.type=adamoe",
+        ),
+        (
+            {"moe": {"null_types": {"identity": 1}, "router": {"null_init": "shared"}}},
+            1,
+            "moe.router.null_init=shared gives all null experts one score",
+        ),
+        (topk_with(score_function="sigmoid"), 1, "moe.router.score_function=sigmoid needs moe.router.type=adamoe"),
+        (topk_with(capacity_factor=1.5), 1, "moe.router.capacity_factor=1.5 needs moe.router.type=adamoe"),
+        (topk_with(gating_residual=True), 1, "moe.router.gating_residual=True needs moe.router.type=adamoe"),
+        (
+            topk_with(balance={"type": "switch", "scope": "global_batch"}),
+            1,
+            "moe.router.balance.scope=global_batch needs moe.router.type=adamoe",
+        ),
+        (topk_with(balance={"type": "grouped"}), 1, "moe.router.balance.type=grouped is AdaMoE's loss"),
+        (
+            {"moe": {"router": {"drop_policy": "position"}}},
+            1,
+            "moe.router.drop_policy=position does nothing without moe.router.capacity_factor",
+        ),
+        (
+            {"moe": {"router": {"gating_residual": True}}, "parallel": {"pipeline": 2}},
+            2,
+            "parallel.pipeline=2 would have to send from stage to stage",
+        ),
+        (
+            {"moe": {"router": {"balance": {"type": "none", "scope": "global_batch"}}}},
+            1,
+            "moe.router.balance.scope=global_batch does nothing with moe.router.balance.type=none",
+        ),
+        (
+            {"moe": {"num_null_experts": 0, "router": {"balance": {"type": "grouped"}}}},
+            1,
+            "moe.router.balance.type=grouped balances true against null experts and moe.num_null_experts=0 has none",
+        ),
+        (
+            {"moe": {"router": {"balance": {"target_null_share": 0.5}}}},
+            1,
+            "moe.router.balance.target_null_share=0.5 does nothing with moe.router.balance.type=null_averaged",
+        ),
+        (
+            {"moe": {"num_null_experts": 1, "router": {"balance": {"type": "grouped", "target_null_share": 0.5}}}},
+            1,
+            "moe.router.balance.target_null_share=0.5 of moe.top_k=3 slots cannot be reached",
         ),
         ({"data": {"train": []}}, 1, "data.train is empty"),
         ({"data": {"tokenizer": ""}}, 1, "data.tokenizer is empty"),

@@ -52,6 +52,13 @@ def tokens_of(step: int, global_batch: int, length: int) -> torch.Tensor:
     return (uniform.square() * VOCAB).long().clamp(max=VOCAB - 1)
 
 
+def padding_of(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, S) of tokens (B, S + 1): true after a length that the sample's own tokens decide."""
+    length = tokens.shape[1] - 1
+    real = 2 + tokens.sum(dim=1) % (length - 2)
+    return torch.arange(length) >= real.unsqueeze(1)
+
+
 def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Join expert shards over the expert-parallel ranks, so that every layout has the same names and shapes."""
     import torch.distributed as dist
@@ -75,11 +82,13 @@ def train(
     expert_parallel: int,
     precision: str = "fp32",
     force: str | None = None,
+    padded: bool = False,
 ) -> Outcome:
     """Train a small model on this rank's part of each global batch; all ranks call it together.
 
     ``force`` bends the router: ``starve`` leaves expert 0 without rows on rank 0 in the first micro-batch, ``all_null``
-    sends every token of rank 0's first micro-batch to null experts only.
+    sends every token of rank 0's first micro-batch to null experts only. ``padded`` marks the ends of samples as
+    padding, of some more than of others.
     """
     import torch.distributed as dist
 
@@ -109,7 +118,7 @@ def train(
             capture = GradientCapture(built.model) if step == 0 else None
             for index, tokens in enumerate(micro):
                 bend.micro_batch = index * resolved.data_parallel + launch.rank
-                loss = engine(tokens).mean()
+                loss = engine(tokens, padding_of(tokens) if padded else None).mean()
                 engine.backward(loss, len(micro))
                 total += loss.detach() / len(micro)
                 if step == index == 0:

@@ -31,6 +31,7 @@ def groups():
         {"moe": {"layer_frequency": 2, "shared_expert_hidden_size": 24}},
         {"moe": {"num_null_experts": 0, "top_k": 2}},
         {"moe": {"router": {"null_init": "shared"}}},
+        {"moe": {"null_types": {"identity": 2, "constant": 3}, "router": {"gating_residual": True}}},
     ],
 )
 def test_parameter_count_equals_the_built_model(groups, changes: dict) -> None:
@@ -42,6 +43,11 @@ def test_parameter_count_equals_the_built_model(groups, changes: dict) -> None:
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for p in model.parameters() if getattr(p, "is_expert", False))
     assert counted.expert == experts
+
+
+def test_the_load_that_a_null_share_leaves() -> None:
+    balance = {"type": "grouped", "target_null_share": 0.25}
+    assert expected_load(config_from_dict(merged(BASE, {"moe": {"router": {"balance": balance}}}))) == 2.25
 
 
 def test_active_parameters_and_flops_follow_the_load() -> None:

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from adamoe_dist.routing import (
+    BatchLoads,
     annealed_coefficient,
     balance_loss,
     balanced_loads,
     mean_probabilities,
     select,
+    selected_counts,
     z_loss,
 )
 from tests.routing import reference
 from tests.routing.examples import distinct_logits, some_padding
 
 KINDS = ("null_averaged", "switch")
+FUNCTIONS = ("softmax", "sigmoid")
 
 
 def loss_and_gradient(function, logits):
@@ -24,8 +27,12 @@ def loss_and_gradient(function, logits):
     return loss.detach(), leaf.grad
 
 
-def balance(kind, k=3, num_true=5, padding=None):
-    return lambda logits: balance_loss(logits, select(logits, num_true, k, "true_experts", padding), kind, padding)
+def balance(kind, k=3, num_true=5, padding=None, function="softmax", target=None):
+    def loss(logits):
+        selection = select(logits, num_true, k, "true_experts", padding, score_function=function)
+        return balance_loss(logits, selection, kind, padding, score_function=function, target_null_share=target)
+
+    return loss
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,6 +48,84 @@ def test_balance_loss_and_gradient_equal_the_reference(kind, num_null, k):
             lambda rows, pads=pads, loads=loads: reference.balance(rows, 5, k, kind, pads, loads), rows
         )
         torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "target"),
+    [
+        ("grouped", "softmax", None),
+        ("grouped", "softmax", 0.3),
+        ("grouped", "softmax", 0.9),
+        ("grouped", "sigmoid", 0.6),
+        ("null_averaged", "sigmoid", None),
+        ("switch", "sigmoid", None),
+    ],
+)
+def test_grouped_and_sigmoid_losses_and_gradients_equal_the_reference(kind, function, target):
+    for num_null, k in ((1, 2), (4, 3), (9, 4)):
+        logits = distinct_logits(6, 5 + num_null, seed=k)
+        for padding in (torch.zeros(6, dtype=torch.bool), some_padding(6, seed=1)):
+            loss, gradient = loss_and_gradient(balance(kind, k, 5, padding, function, target), logits)
+            pads, rows = padding.tolist(), logits.tolist()
+            expected = reference.balance(rows, 5, k, kind, pads, None, function, target)
+            assert loss.item() == pytest.approx(expected, rel=1e-12)
+            loads = reference.fractions(reference.real_rows(rows, pads), k)
+
+            def at_loads(rows, k=k, pads=pads, loads=loads):
+                return reference.balance(rows, 5, k, kind, pads, loads, function, target)
+
+            slopes = torch.tensor(reference.gradient(at_loads, rows), dtype=torch.float64)
+            torch.testing.assert_close(gradient, slopes, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.75])
+def test_grouped_is_k_at_its_target_and_pushes_towards_it(target):
+    """40 tokens x 4 slots over 3 + 4 experts; one probability stands for each group."""
+    k, tokens = 4, 40
+
+    def pull(null_share):
+        fractions = torch.tensor([k * (1 - null_share) / 3] * 3 + [k * null_share / 4] * 4, dtype=torch.float64)
+        logit = torch.tensor(target / (1 - target), dtype=torch.float64).log().requires_grad_()
+        null = torch.sigmoid(logit)
+        chances = torch.cat(((1 - null).expand(3) / 3, null.expand(4) / 4))
+        loss = 7 * (balanced_loads(fractions, 3, "grouped", target) * chances).sum()
+        loss.backward()
+        return loss.item(), logit.grad.item()
+
+    assert tokens * k * target == int(tokens * k * target)
+    value, slope = pull(target)
+    assert value == pytest.approx(k, rel=1e-12) and slope == pytest.approx(0, abs=1e-12)
+    assert pull(target + 0.1)[1] > 1e-3 and pull(target - 0.1)[1] < -1e-3
+
+
+def test_grouped_balances_nothing_inside_a_group():
+    logits = distinct_logits(16, 12, seed=7)
+    loss = balance("grouped", 4, 8)(logits)
+    swapped = logits[:, [3, 1, 7, 0, 4, 5, 6, 2, 11, 9, 10, 8]]
+    torch.testing.assert_close(balance("grouped", 4, 8)(swapped), loss)
+    assert (balance("switch", 4, 8)(logits) - loss).abs() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "grouped"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_loads_of_many_ranks_give_the_loss_of_all_their_tokens(kind, function):
+    """Three ranks with unevenly padded tokens: the mean of their losses, and of its gradient, is that of one rank."""
+    logits = distinct_logits(18, 9, seed=3)
+    padding = some_padding(18, seed=4)
+    padding[12:17] = True
+    leaf = logits.clone().requires_grad_()
+    balance(kind, padding=padding, function=function)(leaf).backward()
+    whole = select(logits, 5, 3, "true_experts", padding, score_function=function)
+    counts, tokens = selected_counts(whole, padding)
+    total = torch.zeros((), dtype=torch.float64)
+    split = logits.clone().requires_grad_()
+    for part in torch.arange(18).split(6):
+        selection = select(split[part], 5, 3, "true_experts", padding[part], score_function=function)
+        batch = BatchLoads(counts, tokens, tokens, ranks=3)
+        total = total + balance_loss(split[part], selection, kind, padding[part], score_function=function, batch=batch)
+    (total / 3).backward()
+    torch.testing.assert_close(total / 3, balance(kind, padding=padding, function=function)(logits))
+    torch.testing.assert_close(split.grad, leaf.grad, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,11 +153,13 @@ def losses_with(padding):
     return {
         "null_averaged": balance("null_averaged", padding=padding),
         "switch": balance("switch", padding=padding),
+        "grouped": balance("grouped", padding=padding, target=0.4),
+        "sigmoid": balance("null_averaged", padding=padding, function="sigmoid"),
         "z": lambda logits: z_loss(logits, padding),
     }
 
 
-@pytest.mark.parametrize("name", ["null_averaged", "switch", "z"])
+@pytest.mark.parametrize("name", ["null_averaged", "switch", "grouped", "sigmoid", "z"])
 @pytest.mark.parametrize("filler", [0.0, 50.0, float("nan")])
 def test_padding_never_counts(name, filler):
     logits = distinct_logits(12, 9, seed=6)
@@ -86,7 +173,7 @@ def test_padding_never_counts(name, filler):
     assert gradient[padding].eq(0).all()
 
 
-@pytest.mark.parametrize("name", ["null_averaged", "switch", "z"])
+@pytest.mark.parametrize("name", ["null_averaged", "switch", "grouped", "sigmoid", "z"])
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_a_batch_without_real_tokens_gives_exactly_zero(name, tokens):
     padding = torch.ones(tokens, dtype=torch.bool)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from adamoe_dist.routing import RoutingStatistics, routing_statistics, select
+from adamoe_dist.routing import RoutingStatistics, nonfinite_tokens, routing_statistics, select
 
 # Three true and two null experts, two slots; the last token is padding.
 LOGITS_TA = torch.tensor(
@@ -43,3 +43,11 @@ def test_no_tokens_and_no_null_experts():
     assert empty.real_tokens.item() == empty.true_slots.item() == empty.null_slots.item() == 0
     vanilla = routing_statistics(select(LOGITS_TA, 5, 2, "true_experts"))
     assert (vanilla.real_tokens.item(), vanilla.true_slots.item(), vanilla.null_slots.item()) == (5, 10, 0)
+
+
+def test_tokens_with_scores_that_are_not_finite_are_counted_once_and_padding_never():
+    logits = LOGITS_TA.clone()
+    assert nonfinite_tokens(logits).item() == 0
+    logits[0, 1], logits[0, 2], logits[2, 4], logits[4, 0] = float("nan"), float("inf"), -float("inf"), float("nan")
+    assert nonfinite_tokens(logits).item() == 3
+    assert nonfinite_tokens(logits, PADDING_T).item() == 2

@@ -1,0 +1,93 @@
+"""Checks of the router's options against each other and the rest of the tree."""
+
+from adamoe_dist.config.tree import Config
+
+
+def check_router(config: Config, problems: list[str]) -> None:
+    """Add what is wrong with null types, capacity, gating residual and the balance loss to ``problems``."""
+    if config.moe.router.type == "topk":
+        _check_baseline(config, problems)
+    _check_null_types(config, problems)
+    _check_router_options(config, problems)
+    _check_grouped_balance(config, problems)
+
+
+def _check_baseline(config: Config, problems: list[str]) -> None:
+    """Megatron's own router has none of these, or means something else by them."""
+    router = config.moe.router
+    ours = {
+        "score_function": router.score_function != "softmax",
+        "capacity_factor": router.capacity_factor is not None,
+        "gating_residual": router.gating_residual,
+        "balance.scope": router.balance.scope != "micro_batch",
+    }
+    values = {**vars(router), "balance.scope": router.balance.scope}
+    for name in (name for name, is_set in ours.items() if is_set):
+        problems.append(
+            f"moe.router.{name}={values[name]} needs moe.router.type=adamoe, which with moe.num_null_experts=0 "
+            "routes as topk does; remove it or change the type"
+        )
+
+
+def _check_null_types(config: Config, problems: list[str]) -> None:
+    moe, types = config.moe, config.moe.null_types
+    asked = types.identity + types.constant
+    if asked and moe.router.type == "topk":
+        problems.append(
+            f"moe.null_types.identity={types.identity}, moe.null_types.constant={types.constant} need "
+            "moe.router.type=adamoe; with topk set both to 0"
+        )
+    if asked > moe.num_null_experts:
+        problems.append(
+            f"moe.null_types.identity={types.identity} + moe.null_types.constant={types.constant} are more than "
+            f"moe.num_null_experts={moe.num_null_experts}, of which they are a part; raise it or lower them"
+        )
+    if asked and types.identity != moe.num_null_experts and moe.router.null_init == "shared":
+        problems.append(
+            f"moe.router.null_init=shared gives all null experts one score, so that of moe.null_types.identity="
+            f"{types.identity} and moe.null_types.constant={types.constant} only the first columns would ever be "
+            "selected; use random or copy"
+        )
+
+
+def _check_router_options(config: Config, problems: list[str]) -> None:
+    router = config.moe.router
+    if router.drop_policy != "probs" and router.capacity_factor is None:
+        problems.append(
+            f"moe.router.drop_policy={router.drop_policy} does nothing without moe.router.capacity_factor; set both or "
+            "neither"
+        )
+    if router.balance.type == "none" and router.balance.scope != "micro_batch":
+        problems.append(
+            f"moe.router.balance.scope={router.balance.scope} does nothing with moe.router.balance.type=none; remove "
+            "it or choose a balance loss"
+        )
+    if router.gating_residual and config.parallel.pipeline > 1:
+        problems.append(
+            f"moe.router.gating_residual=True hands scores from layer to layer, which parallel.pipeline="
+            f"{config.parallel.pipeline} would have to send from stage to stage; set parallel.pipeline=1 or "
+            "moe.router.gating_residual=false"
+        )
+
+
+def _check_grouped_balance(config: Config, problems: list[str]) -> None:
+    moe, balance = config.moe, config.moe.router.balance
+    share = balance.target_null_share
+    if balance.type == "grouped" and moe.num_null_experts == 0:
+        problems.append(
+            "moe.router.balance.type=grouped balances true against null experts and moe.num_null_experts=0 has none; "
+            "add some or use switch"
+        )
+    if share is None:
+        return
+    if balance.type != "grouped":
+        problems.append(
+            f"moe.router.balance.target_null_share={share} does nothing with moe.router.balance.type={balance.type}; "
+            "remove it or use grouped"
+        )
+    elif share * moe.top_k > moe.num_null_experts or (1 - share) * moe.top_k > moe.num_experts:
+        problems.append(
+            f"moe.router.balance.target_null_share={share} of moe.top_k={moe.top_k} slots cannot be reached with "
+            f"moe.num_experts={moe.num_experts} and moe.num_null_experts={moe.num_null_experts}: a token takes each "
+            "expert once; change the share or the numbers"
+        )
