@@ -28,6 +28,7 @@ import torch.distributed as dist  # noqa: E402
 from adamoe_dist.config import Config, config_from_dict, resolve  # noqa: E402
 from adamoe_dist.model import AdaMoELayer, transformer_config  # noqa: E402
 from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups  # noqa: E402
+from adamoe_dist.routing import read_vector  # noqa: E402
 
 
 @dataclass
@@ -106,13 +107,13 @@ def measure(name: str, layer: AdaMoELayer, baseline: Callable[[], float], option
     sums = torch.cat([vector, torch.tensor([float(count_floor(layer, hidden))], dtype=torch.float64)])
     dist.all_reduce(sums)
     tokens = options.tokens * dist.get_world_size()
-    _, _, _, rows, _, sent, *routing, floor = sums.tolist()
+    counted, routed = read_vector(sums[:-1], layer.counters.num_experts)
     return Row(
         variant=name,
-        load=sum(routing[-layer.counters.num_experts :]) / tokens,
-        rows=rows / tokens,
-        floor=floor / tokens,
-        bytes=sent / tokens,
+        load=int(routed.true_slots) / tokens,
+        rows=counted["dispatch_rows"] / tokens,
+        floor=float(sums[-1]) / tokens,
+        bytes=counted["dispatch_bytes"] / tokens,
         ratio_median=statistics.median(ratios),
         ratio_low=min(ratios),
         ratio_high=max(ratios),

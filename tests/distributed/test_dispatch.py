@@ -67,17 +67,19 @@ class Recorder:
         self.rank, self.calls, self.original = rank, [], torch.distributed.all_to_all_single
         self.phase = "forward"
 
-    def __call__(self, output: Any, source: Any, receive: Any = None, send: Any = None, group: Any = None) -> Any:
+    def __call__(
+        self, output: Any, source: Any, receive: Any = None, send: Any = None, group: Any = None, async_op: bool = False
+    ) -> Any:
         world = torch.distributed.get_world_size(group)
         send_sizes = [source.shape[0] // world] * world if send is None else list(send)
         remote = sum(send_sizes) - send_sizes[self.rank]
         kind = "bits" if source.dtype == torch.uint8 else "rows" if source.ndim == 2 else "weights"
         entry_bytes = source[0].numel() * source.element_size() if source.shape[0] else 0
         self.calls.append((self.phase, kind, remote, remote * entry_bytes))
-        return self.original(output, source, receive, send, group=group)
+        return self.original(output, source, receive, send, group=group, async_op=async_op)
 
 
-def dispatch(case: Case, deduplicate: bool) -> dict[str, Any]:
+def dispatch(case: Case, dispatcher: dict[str, Any]) -> dict[str, Any]:
     """One forward and backward of the dispatcher around simple experts, on every rank."""
     from unittest import mock
 
@@ -85,20 +87,25 @@ def dispatch(case: Case, deduplicate: bool) -> dict[str, Any]:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from adamoe_dist.config import config_from_dict, resolve
-    from adamoe_dist.dispatch import TrueExpertDispatcher
+    from adamoe_dist.dispatch import make_dispatcher
     from adamoe_dist.model import transformer_config
     from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
 
     launch = Launch.from_environment()
     world, rank = launch.world_size, launch.rank
-    changes = {"moe": {"num_experts": case.experts}, "parallel": {"expert": world}}
+    capacity = dispatcher.get("capacity")
+    keys = {name: value for name, value in dispatcher.items() if name != "capacity"}
+    changes = {"moe": {"num_experts": case.experts, "dispatcher": keys}, "parallel": {"expert": world}}
     config = config_from_dict(merged(BASE, changes))
+    config.moe.dispatcher.pad_to_capacity = False
     resolved = resolve(config, world)
-    initialize_groups(launch, resolved)
+    config.moe.dispatcher.pad_to_capacity = capacity is not None
+    nodes = initialize_groups(launch, resolved)
     try:
         megatron = transformer_config(config, resolved, torch.float32, "sequential")
         local = case.experts // world
-        dispatcher = TrueExpertDispatcher(local, megatron, get_default_pg_collection(), deduplicate)
+        groups = get_default_pg_collection()
+        dispatcher = make_dispatcher(config.moe.dispatcher, local, megatron, groups, nodes, lambda _: capacity)
         inputs = inputs_of(case, rank, world)
         weights = expert_weights(case.experts)[rank * local : (rank + 1) * local].clone().requires_grad_()
         hidden, probs = inputs.hidden.clone().requires_grad_(), inputs.probs.clone().requires_grad_()
@@ -122,7 +129,8 @@ def dispatch(case: Case, deduplicate: bool) -> dict[str, Any]:
             "probs": probs.grad,
             "weights": weights.grad,
             "expert_rows": rows.shape[0],
-            "count": (count.rows, count.rows_undeduplicated, count.bytes),
+            "count": tuple(int(value) for value in (count.rows, count.rows_undeduplicated, count.bytes)),
+            "by_distance": [int(n) for n in (count.rows_same_rank, count.rows_same_node, count.rows_other_node)],
             "calls": recorder.calls,
         }
     finally:
@@ -153,12 +161,20 @@ def reference(case: Case, world: int) -> tuple[list[Inputs], list[torch.Tensor],
 KINDS = ["uneven", "expert_unused", "padding", "all_null_on_rank_0", "all_null", "only_last_rank", "full"]
 
 
+DISPATCHERS = {
+    "deduplicated": {},
+    "row a pair": {"deduplicate": False},
+    "allgather": {"type": "allgather"},
+    "padded": {"capacity": 15},
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("deduplicate", [True, False])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_outputs_and_gradients_are_those_of_a_loop_over_pairs(ranks_of, world, deduplicate, kind):
+def test_outputs_and_gradients_are_those_of_a_loop_over_pairs(ranks_of, world, dispatcher, kind):
     case = Case(kind)
-    results = ranks_of(world).run(dispatch, case, deduplicate)
+    results = ranks_of(world).run(dispatch, case, DISPATCHERS[dispatcher])
     everyone, outputs, weights = reference(case, world)
     close = {"rtol": 1e-12, "atol": 1e-13}
     for rank, result in enumerate(results):
@@ -197,7 +213,7 @@ def remote(table: list[list[int]], rank: int) -> tuple[int, int]:
 @pytest.mark.parametrize("deduplicate", [True, False])
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_is_counted_is_what_is_sent_and_null_slots_send_nothing(ranks_of, world, deduplicate, case):
-    results = ranks_of(world).run(dispatch, case, deduplicate)
+    results = ranks_of(world).run(dispatch, case, {"deduplicate": deduplicate})
     rows, pairs = sent_rows(case, world, deduplicate), sent_rows(case, world, deduplicate=False)
     local = case.experts // world
     for rank, result in enumerate(results):
@@ -227,12 +243,12 @@ def test_what_is_counted_is_what_is_sent_and_null_slots_send_nothing(ranks_of, w
 
 
 def test_deduplication_saves_rows_but_no_pair(ranks_of):
-    with_it, without = (ranks_of(2).run(dispatch, Case("uneven"), flag) for flag in (True, False))
+    with_it, without = (ranks_of(2).run(dispatch, Case("uneven"), {"deduplicate": flag}) for flag in (True, False))
     for ours, plain in zip(with_it, without, strict=True):
         assert ours["count"][0] < plain["count"][0] == plain["count"][1] == ours["count"][1]
 
 
 def test_one_rank_sends_nothing(ranks_of):
-    (result,) = ranks_of(1).run(dispatch, Case("uneven"), True)
+    (result,) = ranks_of(1).run(dispatch, Case("uneven"), {})
     assert result["count"] == (0, 0, 0) and result["calls"] == []
     assert result["expert_rows"] == sent_rows(Case("uneven"), 1, deduplicate=False)[0][0]
