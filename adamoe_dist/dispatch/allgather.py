@@ -6,6 +6,7 @@ from adamoe_dist.dispatch.base import CountingDispatcher
 from adamoe_dist.dispatch.counts import DispatchCount, pairs_per_rank
 from adamoe_dist.dispatch.exchange import AllGather, Meanwhile, ReduceScatter, exchange, gather
 from adamoe_dist.dispatch.plan import LocalPlan, pack_by_rank, packed_sizes, plan_locally
+from adamoe_dist.dispatch.rows import sum_rows
 
 
 class AllGatherDispatcher(CountingDispatcher):
@@ -55,7 +56,7 @@ class AllGatherDispatcher(CountingDispatcher):
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``(input (P, H), tokens_per_expert (L,), weights (P,))`` in expert order."""
         first = self.placement.here * self.num_local_experts
-        self._gathered_shape = hidden_states.shape
+        self._gathered_tokens = hidden_states.shape[0]
         probs_SL = probs[:, first : first + self.num_local_experts]
         weights = probs_SL.reshape(-1).index_select(0, self._plan.pair_weight_P)
         rows = hidden_states.index_select(0, self._plan.pair_token_P)
@@ -63,8 +64,7 @@ class AllGatherDispatcher(CountingDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum what this rank's experts add to each token of all ranks: (G x T, H)."""
-        sums_SH = hidden_states.new_zeros(self._gathered_shape)
-        return sums_SH.index_add(0, self._plan.pair_token_P, hidden_states)
+        return sum_rows(hidden_states, self._plan.pair_token_P, self._gathered_tokens)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Sum over the ranks and return each its own tokens."""

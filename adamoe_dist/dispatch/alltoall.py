@@ -14,6 +14,7 @@ from adamoe_dist.dispatch.plan import (
     plan_receiving,
     plan_sending,
 )
+from adamoe_dist.dispatch.rows import sum_rows
 
 
 class AllToAllDispatcher(CountingDispatcher):
@@ -79,8 +80,7 @@ class AllToAllDispatcher(CountingDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Bring the experts' outputs (P, H) into the order, and with ``deduplicate`` the sums, that travel back."""
-        send_back = hidden_states.new_zeros(sum(self._row_splits()[1]), hidden_states.shape[-1])
-        return send_back.index_add(0, self._expert_source(), hidden_states)
+        return sum_rows(hidden_states, self._expert_source(), sum(self._row_splits()[1]))
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Exchange the results back to the ranks of their tokens."""

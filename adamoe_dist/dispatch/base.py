@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adamoe_dist.dispatch.counts import DispatchCount, Placement
 from adamoe_dist.dispatch.exchange import Meanwhile
+from adamoe_dist.dispatch.rows import sum_rows
 
 
 @dataclass(frozen=True)
@@ -73,5 +74,4 @@ class CountingDispatcher(MoETokenDispatcher):
 
     def _sum_by_token(self, rows: Tensor, token_R: Tensor) -> Tensor:
         """Sum rows (R, H) by token into the shape that was dispatched; tokens without a row get exactly zero."""
-        output = rows.new_zeros(self.hidden_shape[:-1].numel(), self.hidden_shape[-1])
-        return output.index_add(0, token_R, rows).view(self.hidden_shape)
+        return sum_rows(rows, token_R, self.hidden_shape[:-1].numel()).view(self.hidden_shape)

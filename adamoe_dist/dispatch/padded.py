@@ -8,6 +8,7 @@ from torch import Tensor
 from adamoe_dist.dispatch.base import CountingDispatcher, DispatcherSlot
 from adamoe_dist.dispatch.counts import DispatchCount, pairs_per_rank
 from adamoe_dist.dispatch.exchange import AllToAll, Meanwhile, exchange
+from adamoe_dist.dispatch.rows import sum_rows
 
 
 class PaddedDispatcher(CountingDispatcher):
@@ -85,9 +86,8 @@ class PaddedDispatcher(CountingDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the results of each token; what comes from empty places is added to a row that is then cut off."""
-        tokens, width = self.hidden_shape[:-1].numel(), self.hidden_shape[-1]
-        output = hidden_states.new_zeros(tokens + 1, width).index_add(0, self._token_X, hidden_states)
-        return output[:tokens].view(self.hidden_shape)
+        tokens = self.hidden_shape[:-1].numel()
+        return sum_rows(hidden_states, self._token_X, tokens + 1)[:tokens].view(self.hidden_shape)
 
     def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
         """Exchange the two leading axes, ranks and local experts, of rows (outer x inner x C, ...)."""
