@@ -137,7 +137,18 @@ def dispatch(case: Case, dispatcher: dict[str, Any]) -> dict[str, Any]:
         destroy_groups()
 
 
-def reference(case: Case, world: int) -> tuple[list[Inputs], list[torch.Tensor], torch.Tensor]:
+def kept_pairs(case: Case, inputs: Inputs, capacity: int | None) -> torch.Tensor:
+    """The routing map less what is over the capacity of an expert, in token order."""
+    kept = inputs.routing.clone()
+    for expert in range(case.experts):
+        for token in [token for token in range(case.tokens) if kept[token, expert]][capacity:] if capacity else []:
+            kept[token, expert] = False
+    return kept
+
+
+def reference(
+    case: Case, world: int, capacity: int | None = None
+) -> tuple[list[Inputs], list[torch.Tensor], torch.Tensor]:
     """Inputs (with gradients), outputs and the experts' weights (with gradients), by one loop over all pairs."""
     weights = expert_weights(case.experts).requires_grad_()
     everyone = [inputs_of(case, rank, world) for rank in range(world)]
@@ -145,6 +156,7 @@ def reference(case: Case, world: int) -> tuple[list[Inputs], list[torch.Tensor],
     loss = weights.sum() * 0
     for inputs in everyone:
         hidden, probs = inputs.hidden.requires_grad_(), inputs.probs.requires_grad_()
+        inputs.routing = kept_pairs(case, inputs, capacity)
         rows = []
         for token in range(case.tokens):
             row = hidden[token] * 0
@@ -166,6 +178,7 @@ DISPATCHERS = {
     "row a pair": {"deduplicate": False},
     "allgather": {"type": "allgather"},
     "padded": {"capacity": 15},
+    "padded and dropped": {"capacity": 3},
 }
 
 
@@ -175,10 +188,14 @@ DISPATCHERS = {
 def test_outputs_and_gradients_are_those_of_a_loop_over_pairs(ranks_of, world, dispatcher, kind):
     case = Case(kind)
     results = ranks_of(world).run(dispatch, case, DISPATCHERS[dispatcher])
-    everyone, outputs, weights = reference(case, world)
+    capacity = DISPATCHERS[dispatcher].get("capacity")
+    everyone, outputs, weights = reference(case, world, capacity)
     close = {"rtol": 1e-12, "atol": 1e-13}
     for rank, result in enumerate(results):
         assert result["shape"] == (1, case.tokens, HIDDEN)
+        if capacity:
+            places = case.experts // world * capacity
+            assert result["count"][0] == places * (world - 1) and result["expert_rows"] == places * world
         torch.testing.assert_close(result["output"], outputs[rank].detach(), **close)
         torch.testing.assert_close(result["hidden"], everyone[rank].hidden.grad, **close)
         torch.testing.assert_close(result["probs"], everyone[rank].probs.grad, **close)
@@ -240,6 +257,21 @@ def test_what_is_counted_is_what_is_sent_and_null_slots_send_nothing(ranks_of, w
         if case.kind == "all_null":
             assert result["count"][:2] == (0, 0) and result["expert_rows"] == 0
             assert sum(size for kind, _, size in forward + backward if kind != "bits") == 0
+
+
+def test_fixed_shapes_are_exchanged_in_equal_parts_without_routing_bits(ranks_of):
+    case, capacity = Case("uneven"), 4
+    for rank, result in enumerate(ranks_of(2).run(dispatch, case, {"capacity": capacity})):
+        rows, row_bytes = case.experts // 2 * capacity, HIDDEN * 8
+        away = inputs_of(case, rank, 2).routing[:, 6:] if rank == 0 else inputs_of(case, rank, 2).routing[:, :6]
+        assert result["count"] == (rows, int(away.sum()), rows * (row_bytes + 8))
+        assert result["by_distance"] == [rows, rows, 0]
+        forward = [call[1:] for call in result["calls"] if call[0] == "forward"]
+        assert forward == [
+            ("rows", rows, rows * row_bytes),
+            ("weights", rows, rows * 8),
+            ("rows", rows, rows * row_bytes),
+        ]
 
 
 def test_deduplication_saves_rows_but_no_pair(ranks_of):

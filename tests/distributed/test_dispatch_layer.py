@@ -192,8 +192,15 @@ class HostReads(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def host_reads(rank: int, nodes: Any, moe: dict[str, Any]) -> tuple[list[str], list[str]]:
+def host_reads(rank: int, _: Any, moe: dict[str, Any], padded: bool = False) -> tuple[list[str], list[str]]:
     layer = layer_of({"moe": merged(moe, {"experts": {"kernel": "grouped_mm"}})}, world_size())
+    if padded:
+        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+        from adamoe_dist.dispatch import DispatcherSlot, PaddedDispatcher
+
+        slot = DispatcherSlot(layer.num_local_experts, layer.config, get_default_pg_collection())
+        layer.token_dispatcher = PaddedDispatcher(slot, lambda tokens: tokens // 2)
     layer.train()
     layer(hidden_states(rank))  # constants are made once
     forward, backward = HostReads(), HostReads()
@@ -209,6 +216,11 @@ def host_reads(rank: int, nodes: Any, moe: dict[str, Any]) -> tuple[list[str], l
 def test_one_copy_to_the_host_a_layer(ranks_of, world, dispatcher):
     for forward, backward in ranks_of(world).run(in_groups, host_reads, {"dispatcher": dispatcher}):
         assert forward == ["tolist"] and backward == []
+
+
+def test_fixed_shapes_need_no_copy(ranks_of):
+    for forward, backward in ranks_of(2).run(in_groups, host_reads, {}, True):
+        assert forward == [] and backward == []
 
 
 def saved_rows(rank: int, _: Any, all_null: bool, kernel: str) -> tuple[int, int, int]:
