@@ -91,10 +91,29 @@ class NullTypesConfig:
 class DispatcherConfig:
     """How rows reach the ranks of their experts."""
 
-    type: Literal["alltoall"] = key("alltoall", "alltoall: an all-to-all that carries rows for true experts only.")
+    type: Literal["alltoall", "allgather", "flex"] = key(
+        "alltoall",
+        "alltoall: an all-to-all that carries rows for true experts only; allgather: every rank gets every token and "
+        "returns sums (null slots save compute, not rows); flex: Megatron's flex dispatcher over DeepEP, on CUDA.",
+    )
+    flex_backend: Literal["deepep", "hybridep"] = key("deepep", "Library of type=flex: DeepEP or its HybridEP.")
     deduplicate: bool = key(
         True,
-        "Send a token once to a rank that holds several of its experts; false: one row per (token, expert).",
+        "Send a token once to a rank that holds several of its experts; false: one row per (token, expert). For "
+        "type=alltoall; does not apply with pad_to_capacity.",
+    )
+    dtype: Literal["model", "bf16"] = key(
+        "model", "Type of the rows and their gradients on the way: as the model computes, or bf16 (alltoall and flex)."
+    )
+    overlap_shared_expert: bool = key(
+        True,
+        "Compute the shared expert while rows travel; without a shared expert, with one expert-parallel rank, with "
+        "type=flex and with moe.router.type=topk it has no effect.",
+    )
+    pad_to_capacity: bool = key(
+        False,
+        "Give every expert the same number of rows from every rank, dropping and padding: fixed shapes and no size on "
+        "the host. Needs moe.router.capacity_factor and type=alltoall.",
     )
 
 

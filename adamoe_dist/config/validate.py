@@ -108,6 +108,7 @@ def _check_moe(config: Config, problems: list[str]) -> None:
     if router.type == "topk":
         _check_baseline_router(config, problems)
     check_router(config, problems)
+    _check_dispatcher(config, problems)
     if balance.type == "none" and balance.final_coefficient is not None:
         problems.append(
             f"moe.router.balance.final_coefficient={balance.final_coefficient} does nothing with "
@@ -136,6 +137,41 @@ def _check_baseline_router(config: Config, problems: list[str]) -> None:
         problems.append(
             "moe.router.normalize=all_selected differs from true_experts only with null experts; with "
             "moe.router.type=topk use true_experts or none"
+        )
+
+
+def _check_dispatcher(config: Config, problems: list[str]) -> None:
+    dispatcher = config.moe.dispatcher
+    kind, padded = dispatcher.type, dispatcher.pad_to_capacity
+    if config.moe.router.type == "topk":
+        for name, value, default in (("type", kind, "alltoall"), ("dtype", dispatcher.dtype, "model")):
+            if value != default:
+                problems.append(
+                    f"moe.dispatcher.{name}={value} needs moe.router.type=adamoe; the baseline (moe.router.type=topk) "
+                    f"has Megatron's own all-to-all: use {default}"
+                )
+    if kind != "flex" and dispatcher.flex_backend != "deepep":
+        problems.append(
+            f"moe.dispatcher.flex_backend={dispatcher.flex_backend} does nothing with moe.dispatcher.type={kind}; "
+            "remove it or use type=flex"
+        )
+    if kind != "alltoall" and not dispatcher.deduplicate:
+        problems.append(
+            f"moe.dispatcher.deduplicate=false is for type=alltoall; with moe.dispatcher.type={kind} remove it"
+        )
+    if kind == "allgather" and dispatcher.dtype != "model":
+        problems.append(
+            f"moe.dispatcher.dtype={dispatcher.dtype} would round the sums that type=allgather makes on the way; use "
+            "dtype=model or type=alltoall"
+        )
+    if padded and config.moe.router.type == "topk":
+        problems.append("moe.dispatcher.pad_to_capacity=true needs moe.router.type=adamoe; set it to false")
+    if padded and kind != "alltoall":
+        problems.append(f"moe.dispatcher.pad_to_capacity=true needs type=alltoall, not {kind}; change one of them")
+    if padded and config.moe.router.capacity_factor is None:
+        problems.append(
+            "moe.dispatcher.pad_to_capacity=true needs moe.router.capacity_factor, from which the rows of an expert "
+            "follow; set it or set pad_to_capacity=false"
         )
 
 

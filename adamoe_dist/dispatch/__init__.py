@@ -1,22 +1,25 @@
-"""Who gets which row: the true-expert all-to-all, de-duplication by rank, row and byte counts."""
+"""Who gets which row: the dispatchers, the plans they share, row and byte counts by distance."""
 
-from adamoe_dist.dispatch.dispatcher import DispatchCount, TrueExpertDispatcher
-from adamoe_dist.dispatch.plan import (
-    ReceivePlan,
-    SendPlan,
-    pack_bits,
-    plan_receiving,
-    plan_sending,
-    unpack_bits,
-)
+from adamoe_dist.dispatch.allgather import AllGatherDispatcher
+from adamoe_dist.dispatch.alltoall import AllToAllDispatcher
+from adamoe_dist.dispatch.base import CountingDispatcher, DispatcherSlot
+from adamoe_dist.dispatch.choice import make_dispatcher
+from adamoe_dist.dispatch.counts import DispatchCount, Placement, pairs_per_rank
+from adamoe_dist.dispatch.flex import FlexDispatcher, check_flex
+from adamoe_dist.dispatch.local import LocalDispatcher
+from adamoe_dist.dispatch.padded import PaddedDispatcher
 
 __all__ = [
+    "AllGatherDispatcher",
+    "AllToAllDispatcher",
+    "CountingDispatcher",
     "DispatchCount",
-    "ReceivePlan",
-    "SendPlan",
-    "TrueExpertDispatcher",
-    "pack_bits",
-    "plan_receiving",
-    "plan_sending",
-    "unpack_bits",
+    "DispatcherSlot",
+    "FlexDispatcher",
+    "LocalDispatcher",
+    "PaddedDispatcher",
+    "Placement",
+    "check_flex",
+    "make_dispatcher",
+    "pairs_per_rank",
 ]

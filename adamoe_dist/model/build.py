@@ -72,7 +72,14 @@ class BuiltModel:
     kernel_reason: str
 
 
-def build_model(config: Config, resolved: Resolved, vocab_size: int, dtype: torch.dtype, cuda: bool) -> BuiltModel:
+def build_model(
+    config: Config,
+    resolved: Resolved,
+    vocab_size: int,
+    dtype: torch.dtype,
+    cuda: bool,
+    expert_nodes: tuple[int, ...] = (),
+) -> BuiltModel:
     """Build the model of a run on the CPU in fp32; the engine moves and casts it.
 
     Args:
@@ -81,10 +88,11 @@ def build_model(config: Config, resolved: Resolved, vocab_size: int, dtype: torc
         vocab_size: the tokenizer's vocabulary.
         dtype: the compute dtype.
         cuda: whether it will run on CUDA.
+        expert_nodes: the node of each rank of the expert-parallel group, for the counts; empty: all on one.
     """
     widths = (config.model.hidden_size, config.moe.expert_hidden_size)
     kernel, reason = choose_kernel(config.moe.experts.kernel, dtype, cuda, widths)
-    megatron = transformer_config(config, resolved, dtype, kernel)
+    megatron = transformer_config(config, resolved, dtype, kernel, expert_nodes)
     gpt = GPTModel(
         config=megatron,
         transformer_layer_spec=block_spec(config, megatron),

@@ -14,16 +14,21 @@ class AdaMoETransformerConfig(TransformerConfig):
     """Megatron's configuration with what the AdaMoE layers need besides.
 
     ``moe`` is the tree's own section, ``experts_kernel`` the kernel that was chosen, ``seed`` the seed of the experts'
-    initial weights.
+    initial weights, ``expert_nodes`` the node of each rank of the expert-parallel group (empty: all on one).
     """
 
     moe: MoEConfig = field(default_factory=MoEConfig)
     experts_kernel: str = "grouped_mm"
     seed: int = 0
+    expert_nodes: tuple[int, ...] = ()
 
 
 def transformer_config(
-    config: Config, resolved: Resolved, dtype: torch.dtype, experts_kernel: str
+    config: Config,
+    resolved: Resolved,
+    dtype: torch.dtype,
+    experts_kernel: str,
+    expert_nodes: tuple[int, ...] = (),
 ) -> AdaMoETransformerConfig:
     """Return Megatron's configuration of a run.
 
@@ -68,10 +73,12 @@ def transformer_config(
         moe_router_load_balancing_type="aux_loss" if balanced else "none",
         moe_aux_loss_coeff=moe.router.balance.coefficient * moe.top_k if balanced else 0.0,
         moe_z_loss_coeff=(moe.router.z_loss_coefficient or None) if baseline else None,
-        moe_token_dispatcher_type=moe.dispatcher.type,
+        moe_token_dispatcher_type="alltoall",
+        moe_flex_dispatcher_backend=moe.dispatcher.flex_backend,
         moe=moe,
         experts_kernel=experts_kernel,
         seed=config.run.seed,
+        expert_nodes=expert_nodes,
     )
 
 

@@ -1,5 +1,6 @@
 """The MoE layer: Megatron-core's own, with this project's router, dispatcher and experts in its slots."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,18 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from adamoe_dist.dispatch import TrueExpertDispatcher
+from adamoe_dist.config import MoEConfig
+from adamoe_dist.dispatch import CountingDispatcher, DispatchCount, Placement, make_dispatcher, pairs_per_rank
 from adamoe_dist.experts import GroupedExperts
 from adamoe_dist.model.config import AdaMoETransformerConfig
-from adamoe_dist.routing import AdaMoERouter, CountedTopKRouter, NullExperts, RoutingCounters, RoutingStatistics
+from adamoe_dist.routing import (
+    AdaMoERouter,
+    CountedTopKRouter,
+    NullExperts,
+    RoutingCounters,
+    RoutingStatistics,
+    expert_capacity,
+)
 
 
 class SharedExperts(SharedExpertMLP):
@@ -57,10 +66,24 @@ class AdaMoELayer(MoELayer):
         self.counters = counters
         self.null_experts = _null_experts(config)
         self._null_output: Tensor | None = None
+        self._placement = Placement(groups.ep.rank(), groups.ep.size(), config.expert_nodes)
         if not self.is_baseline:
-            self.token_dispatcher = TrueExpertDispatcher(
-                self.num_local_experts, config, groups, config.moe.dispatcher.deduplicate
+            self.token_dispatcher = make_dispatcher(
+                config.moe.dispatcher,
+                self.num_local_experts,
+                config,
+                groups,
+                config.expert_nodes,
+                _capacity(config.moe) if config.moe.dispatcher.pad_to_capacity else None,
             )
+        self._shared_input: Tensor | None = None
+        self._shared_output: Tensor | None = None
+
+    @property
+    def overlaps_shared_expert(self) -> bool:
+        """Whether the shared expert is computed while rows travel."""
+        able = isinstance(self.token_dispatcher, CountingDispatcher) and self.token_dispatcher.overlaps
+        return bool(able and self.use_shared_expert and self.config.moe.dispatcher.overlap_shared_expert)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Number the layer (from 1) and draw its experts' initial weights, which depend on the number."""
@@ -84,15 +107,6 @@ class AdaMoELayer(MoELayer):
             self._null_output = output_TH.view(hidden_states.shape)
         return routed
 
-    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
-        """Combine as Megatron does, and add what null experts returned."""
-        combined: Tensor = super().postprocess(output, shared_expert_output)
-        if self.null_experts is None:
-            return combined
-        null_output, self._null_output = self._null_output, None
-        assert null_output is not None, "postprocess without route"
-        return combined + null_output
-
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Plan the dispatch as Megatron does, and count what it sends to other ranks."""
         planned: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
@@ -100,16 +114,50 @@ class AdaMoELayer(MoELayer):
             self._count_dispatch(hidden_states, probs, routing_map)
         return planned
 
+    def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
+        """Compute the shared expert, or leave it for :meth:`dispatch`."""
+        if self.overlaps_shared_expert:
+            self._shared_input = hidden_states
+            return None
+        output: Tensor | None = super().shared_experts_compute(hidden_states)
+        return output
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Send the rows, and compute the shared expert while they travel if it was left for now."""
+        if self._shared_input is None:
+            sent: tuple[Tensor, Tensor] = super().dispatch(hidden_states, probs)
+            return sent
+        return self.token_dispatcher.token_dispatch(hidden_states, probs, meanwhile=self._compute_shared)
+
+    def _compute_shared(self) -> None:
+        self._shared_output = super().shared_experts_compute(self._shared_input)
+        self._shared_input = None
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """Sum what each token's true experts, the shared expert and its null experts returned."""
+        if self._shared_output is not None:
+            shared_expert_output, self._shared_output = self._shared_output, None
+        combined: Tensor = super().postprocess(output, shared_expert_output)
+        if self.null_experts is None:
+            return combined
+        null_output, self._null_output = self._null_output, None
+        assert null_output is not None, "postprocess without route"
+        return combined + null_output
+
     def _count_dispatch(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> None:
-        if isinstance(self.token_dispatcher, TrueExpertDispatcher):
+        if isinstance(self.token_dispatcher, CountingDispatcher):
             count = self.token_dispatcher.last_count
-            self.counters.add_dispatch(count.rows, count.rows_undeduplicated, count.bytes)
-            return
-        self.counters.add_statistics(_baseline_statistics(routing_map, self.config.moe.top_k))
-        first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
-        rows = int(routing_map.sum()) - int(routing_map[:, first:last].sum())
-        row_bytes = hidden_states.shape[-1] * hidden_states.element_size() + probs.element_size()
-        self.counters.add_dispatch(rows, rows, rows * row_bytes)
+        else:
+            self.counters.add_statistics(_baseline_statistics(routing_map, self.config.moe.top_k))
+            row_bytes = hidden_states.shape[-1] * hidden_states.element_size() + probs.element_size()
+            count = _baseline_count(routing_map, self._placement, row_bytes)
+        self.counters.add_dispatch(
+            rows_same_rank=count.rows_same_rank,
+            rows_same_node=count.rows_same_node,
+            rows_other_node=count.rows_other_node,
+            rows_undeduplicated=count.rows_undeduplicated,
+            sent_bytes=count.bytes,
+        )
 
 
 def _baseline_statistics(routing_map_TE: Tensor, top_k: int) -> RoutingStatistics:
@@ -127,6 +175,20 @@ def _null_experts(config: AdaMoETransformerConfig) -> NullExperts | None:
     return NullExperts(
         types.constant, config.hidden_size, config.init_method, config.params_dtype, config.sequence_parallel
     )
+
+
+def _baseline_count(routing_map_TE: Tensor, placement: Placement, row_bytes: int) -> DispatchCount:
+    """Count what Megatron's all-to-all sends: a row and a weight for each (token, expert)."""
+    rows_G = pairs_per_rank(routing_map_TE, len(placement.distances))
+    remote = placement.remote(rows_G)
+    return DispatchCount(*placement.by_distance(rows_G), rows_undeduplicated=remote, bytes=remote * row_bytes)
+
+
+def _capacity(moe: MoEConfig) -> Callable[[int], int]:
+    """Return the rule of the rows that each expert gets from a rank with so many tokens."""
+    factor = moe.router.capacity_factor
+    assert factor is not None, "moe.dispatcher.pad_to_capacity without moe.router.capacity_factor"
+    return lambda tokens: expert_capacity(tokens, factor, moe.expected_load, moe.num_experts)
 
 
 def _submodules(config: AdaMoETransformerConfig, counters: RoutingCounters) -> MoESubmodules:

@@ -20,19 +20,25 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said in the environment: DeepSpeed's, torchrun's, or none (one process)."""
+    """What the launcher said in the environment: DeepSpeed's, torchrun's, or none (one process).
+
+    ``node`` is the launcher's number of the machine: torchrun's GROUP_RANK (one agent a machine) or DeepSpeed's
+    CROSS_RANK.
+    """
 
     rank: int
     local_rank: int
     world_size: int
+    node: int = 0
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read RANK, LOCAL_RANK and WORLD_SIZE; without a launcher this is the only process."""
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and the node; without a launcher this is the only process."""
         return cls(
             rank=int(os.environ.get("RANK", "0")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            node=int(os.environ.get("GROUP_RANK") or os.environ.get("CROSS_RANK") or "0"),
         )
 
 
@@ -56,12 +62,15 @@ def check_port(launch: Launch) -> None:
             ) from None
 
 
-def initialize_groups(launch: Launch, resolved: Resolved) -> None:
+def initialize_groups(launch: Launch, resolved: Resolved) -> tuple[int, ...]:
     """Start torch.distributed and build Megatron's groups; DeepSpeed is told of the ones it needs.
 
     Args:
         launch: this process's place.
         resolved: the degrees.
+
+    Returns:
+        The node of each rank of this process's expert-parallel group.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -82,6 +91,15 @@ def initialize_groups(launch: Launch, resolved: Resolved) -> None:
     )
     assert parallel_state.get_data_parallel_world_size() == resolved.data_parallel
     register_expert_groups(resolved.expert_parallel)
+    return _expert_nodes(launch.node, device)
+
+
+def _expert_nodes(node: int, device: torch.device) -> tuple[int, ...]:
+    """Gather the nodes of the expert-parallel group's ranks. Collective."""
+    group = parallel_state.get_expert_model_parallel_group()
+    nodes_G = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(nodes_G, torch.tensor([node], device=device), group=group)
+    return tuple(nodes_G.tolist())
 
 
 def register_expert_groups(expert_parallel: int) -> None:

@@ -9,7 +9,9 @@ SUMS = (
     "micro_batches",
     "balance_loss",
     "z_loss",
-    "dispatch_rows",
+    "dispatch_rows_same_rank",
+    "dispatch_rows_same_node",
+    "dispatch_rows_other_node",
     "dispatch_rows_undeduplicated",
     "dispatch_bytes",
     "dropped_pairs",
@@ -46,9 +48,19 @@ class RoutingCounters:
         """Add one micro-batch's z-loss, coefficient included."""
         self._add("z_loss", loss.detach())
 
-    def add_dispatch(self, rows: int, rows_undeduplicated: int, sent_bytes: int) -> None:
-        """Add what one forward dispatch sent to other ranks."""
-        self._add("dispatch_rows", rows)
+    def add_dispatch(
+        self,
+        *,
+        rows_same_rank: Tensor | int,
+        rows_same_node: Tensor | int,
+        rows_other_node: Tensor | int,
+        rows_undeduplicated: Tensor | int,
+        sent_bytes: Tensor | int,
+    ) -> None:
+        """Add what one forward dispatch sent: rows by distance; of the rest, what went to other ranks."""
+        self._add("dispatch_rows_same_rank", rows_same_rank)
+        self._add("dispatch_rows_same_node", rows_same_node)
+        self._add("dispatch_rows_other_node", rows_other_node)
         self._add("dispatch_rows_undeduplicated", rows_undeduplicated)
         self._add("dispatch_bytes", sent_bytes)
 
@@ -82,6 +94,10 @@ class RoutingCounters:
 
 
 def read_vector(vector: Tensor, num_experts: int) -> tuple[dict[str, float], RoutingStatistics]:
-    """Split what :meth:`RoutingCounters.vector` returned, perhaps summed, into named sums and statistics."""
+    """Split what :meth:`RoutingCounters.vector` returned, perhaps summed, into named sums and statistics.
+
+    ``dispatch_rows`` is made here: the rows to other ranks, near and far.
+    """
     sums = dict(zip(SUMS, vector[: len(SUMS)].tolist(), strict=True))
+    sums["dispatch_rows"] = sums["dispatch_rows_same_node"] + sums["dispatch_rows_other_node"]
     return sums, RoutingStatistics.unpacked(vector[len(SUMS) :].round().long(), num_experts)

@@ -42,8 +42,10 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
 
     ``balance_loss`` and ``z_loss`` are means over layers and micro-batches, coefficients included: the balance loss is
     top_k x alpha at perfect balance. ``dispatch_rows`` and ``dispatch_bytes`` are sums over the step: all layers,
-    micro-batches and ranks, forward only, to other ranks only. ``true_experts_per_token`` counts what was selected;
-    ``dropped_share`` of it exceeded an expert's capacity and was not computed, which ``expert_flops_saved`` counts too.
+    micro-batches and ranks, forward only, to other ranks only; ``dispatch_rows_same_rank`` counts the rows that stayed,
+    and ``dispatch_rows_same_node`` and ``dispatch_rows_other_node`` add up to ``dispatch_rows``.
+    ``true_experts_per_token`` counts what was selected; ``dropped_share`` of it exceeded an expert's capacity and was
+    not computed, which ``expert_flops_saved`` counts too.
 
     Args:
         trainer: the loop.
@@ -70,6 +72,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "null_share": overall.null_share,
         "all_null_share": overall.all_null_share,
         "dispatch_rows": round(sums["dispatch_rows"]),
+        "dispatch_rows_same_rank": round(sums["dispatch_rows_same_rank"]),
+        "dispatch_rows_same_node": round(sums["dispatch_rows_same_node"]),
+        "dispatch_rows_other_node": round(sums["dispatch_rows_other_node"]),
         "dispatch_bytes": round(sums["dispatch_bytes"]),
         "dispatch_rows_undeduplicated": round(sums["dispatch_rows_undeduplicated"]),
         "dropped_share": dropped_share,

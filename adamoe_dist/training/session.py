@@ -10,6 +10,7 @@ from adamoe_dist import platform
 from adamoe_dist.checkpoint import check_compatible, find_checkpoint, remove_leftovers
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.data import BatchStream
+from adamoe_dist.dispatch import check_flex
 from adamoe_dist.model import BuiltModel, build_model
 from adamoe_dist.parallel import (
     Launch,
@@ -45,9 +46,9 @@ def train(config: Config, resolved: Resolved) -> int:
     _log_to_console(launch)
     source = _check_before_groups(config, launch) if launch.rank == 0 else None
     platform.limit_threads()
-    initialize_groups(launch, resolved)
+    expert_nodes = initialize_groups(launch, resolved)
     try:
-        return _train_in_groups(config, resolved, launch, _from_rank_0(source))
+        return _train_in_groups(config, resolved, launch, _from_rank_0(source), expert_nodes)
     finally:
         destroy_groups()
 
@@ -57,6 +58,8 @@ def _check_before_groups(config: Config, launch: Launch) -> Path | None:
     check_port(launch)
     check_run_directory(config)
     choose_implementation(config)
+    if config.moe.dispatcher.type == "flex":
+        check_flex(config.moe.dispatcher.flex_backend)
     source = _start_checkpoint(config)
     prepare_missing(config)
     corpora = open_corpora(config)
@@ -84,11 +87,13 @@ def _from_rank_0(source: Path | None) -> Path | None:
     return shared[0]
 
 
-def _train_in_groups(config: Config, resolved: Resolved, launch: Launch, source: Path | None) -> int:
+def _train_in_groups(
+    config: Config, resolved: Resolved, launch: Launch, source: Path | None, expert_nodes: tuple[int, ...]
+) -> int:
     corpora = open_corpora(config)
     dtype = _dtype(config)
     platform.seed_everything(config.run.seed, config.run.deterministic)
-    built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda())
+    built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda(), expert_nodes)
     engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
     recorder = Recorder(corpora.validation)
     callbacks = [

@@ -24,6 +24,9 @@ TAGS = {
     "dropped_share": "routing/dropped_share",
     "expert_flops_saved": "routing/expert_flops_saved",
     "dispatch_rows": "dispatch/rows",
+    "dispatch_rows_same_rank": "dispatch/rows_same_rank",
+    "dispatch_rows_same_node": "dispatch/rows_same_node",
+    "dispatch_rows_other_node": "dispatch/rows_other_node",
     "dispatch_rows_undeduplicated": "dispatch/rows_undeduplicated",
     "dispatch_bytes": "dispatch/bytes",
 }

@@ -5,6 +5,7 @@ from adamoe_dist.errors import UserError
 from tests.distributed.cases import merged
 
 BASE = {"data": {"tokenizer": "t", "train": [{"path": "p"}]}}
+TOPK = {"num_null_experts": 0, "router": {"type": "topk", "balance": {"type": "none"}}}
 
 
 def tree(**changes) -> Config:
@@ -145,6 +146,24 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
             1,
             "moe.router.balance.target_null_share=0.5 of moe.top_k=3 slots cannot be reached",
         ),
+        ({"moe": {"dispatcher": {"flex_backend": "hybridep"}}}, 1, "moe.dispatcher.flex_backend=hybridep does nothing"),
+        (
+            {"moe": {"dispatcher": {"type": "allgather", "deduplicate": False}}},
+            1,
+            "moe.dispatcher.deduplicate=false is for type=alltoall",
+        ),
+        (
+            {"moe": {"dispatcher": {"type": "allgather", "dtype": "bf16"}}},
+            1,
+            "moe.dispatcher.dtype=bf16 would round the sums",
+        ),
+        (
+            {"moe": {"dispatcher": {"pad_to_capacity": True}}},
+            1,
+            "moe.dispatcher.pad_to_capacity=true needs moe.router.capacity_factor",
+        ),
+        ({"moe": {**TOPK, "dispatcher": {"type": "allgather"}}}, 1, "moe.dispatcher.type=allgather needs moe.router"),
+        ({"moe": {**TOPK, "dispatcher": {"dtype": "bf16"}}}, 1, "moe.dispatcher.dtype=bf16 needs moe.router.type"),
         ({"data": {"train": []}}, 1, "data.train is empty"),
         ({"data": {"tokenizer": ""}}, 1, "data.tokenizer is empty"),
         ({"data": {"train": [{"weight": 1}]}}, 1, "needs a path"),
@@ -176,6 +195,13 @@ def test_refusals(changes: dict, world_size: int, expected: str) -> None:
 def test_problems_of_several_sections_come_together() -> None:
     message = refusal(tree(moe={"top_k": 99}, train={"global_batch_size": 7}, model={"num_attention_heads": 5}), 2)
     assert message.startswith("3 problems:")
+
+
+def test_fixed_shapes_are_for_the_all_to_all() -> None:
+    message = refusal(tree(moe={"dispatcher": {"type": "allgather", "pad_to_capacity": True}}))
+    assert "moe.dispatcher.pad_to_capacity=true needs type=alltoall, not allgather" in message
+    message = refusal(tree(moe={**TOPK, "dispatcher": {"pad_to_capacity": True}}))
+    assert "moe.dispatcher.pad_to_capacity=true needs moe.router.type=adamoe" in message
 
 
 def test_reference_top_k_defaults() -> None:

@@ -67,17 +67,19 @@ class Recorder:
         self.rank, self.calls, self.original = rank, [], torch.distributed.all_to_all_single
         self.phase = "forward"
 
-    def __call__(self, output: Any, source: Any, receive: Any = None, send: Any = None, group: Any = None) -> Any:
+    def __call__(
+        self, output: Any, source: Any, receive: Any = None, send: Any = None, group: Any = None, async_op: bool = False
+    ) -> Any:
         world = torch.distributed.get_world_size(group)
         send_sizes = [source.shape[0] // world] * world if send is None else list(send)
         remote = sum(send_sizes) - send_sizes[self.rank]
         kind = "bits" if source.dtype == torch.uint8 else "rows" if source.ndim == 2 else "weights"
         entry_bytes = source[0].numel() * source.element_size() if source.shape[0] else 0
         self.calls.append((self.phase, kind, remote, remote * entry_bytes))
-        return self.original(output, source, receive, send, group=group)
+        return self.original(output, source, receive, send, group=group, async_op=async_op)
 
 
-def dispatch(case: Case, deduplicate: bool) -> dict[str, Any]:
+def dispatch(case: Case, dispatcher: dict[str, Any]) -> dict[str, Any]:
     """One forward and backward of the dispatcher around simple experts, on every rank."""
     from unittest import mock
 
@@ -85,20 +87,25 @@ def dispatch(case: Case, deduplicate: bool) -> dict[str, Any]:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from adamoe_dist.config import config_from_dict, resolve
-    from adamoe_dist.dispatch import TrueExpertDispatcher
+    from adamoe_dist.dispatch import make_dispatcher
     from adamoe_dist.model import transformer_config
     from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
 
     launch = Launch.from_environment()
     world, rank = launch.world_size, launch.rank
-    changes = {"moe": {"num_experts": case.experts}, "parallel": {"expert": world}}
+    capacity = dispatcher.get("capacity")
+    keys = {name: value for name, value in dispatcher.items() if name != "capacity"}
+    changes = {"moe": {"num_experts": case.experts, "dispatcher": keys}, "parallel": {"expert": world}}
     config = config_from_dict(merged(BASE, changes))
+    config.moe.dispatcher.pad_to_capacity = False
     resolved = resolve(config, world)
-    initialize_groups(launch, resolved)
+    config.moe.dispatcher.pad_to_capacity = capacity is not None
+    nodes = initialize_groups(launch, resolved)
     try:
         megatron = transformer_config(config, resolved, torch.float32, "sequential")
         local = case.experts // world
-        dispatcher = TrueExpertDispatcher(local, megatron, get_default_pg_collection(), deduplicate)
+        groups = get_default_pg_collection()
+        dispatcher = make_dispatcher(config.moe.dispatcher, local, megatron, groups, nodes, lambda _: capacity)
         inputs = inputs_of(case, rank, world)
         weights = expert_weights(case.experts)[rank * local : (rank + 1) * local].clone().requires_grad_()
         hidden, probs = inputs.hidden.clone().requires_grad_(), inputs.probs.clone().requires_grad_()
@@ -122,14 +129,26 @@ def dispatch(case: Case, deduplicate: bool) -> dict[str, Any]:
             "probs": probs.grad,
             "weights": weights.grad,
             "expert_rows": rows.shape[0],
-            "count": (count.rows, count.rows_undeduplicated, count.bytes),
+            "count": tuple(int(value) for value in (count.rows, count.rows_undeduplicated, count.bytes)),
+            "by_distance": [int(n) for n in (count.rows_same_rank, count.rows_same_node, count.rows_other_node)],
             "calls": recorder.calls,
         }
     finally:
         destroy_groups()
 
 
-def reference(case: Case, world: int) -> tuple[list[Inputs], list[torch.Tensor], torch.Tensor]:
+def kept_pairs(case: Case, inputs: Inputs, capacity: int | None) -> torch.Tensor:
+    """The routing map less what is over the capacity of an expert, in token order."""
+    kept = inputs.routing.clone()
+    for expert in range(case.experts):
+        for token in [token for token in range(case.tokens) if kept[token, expert]][capacity:] if capacity else []:
+            kept[token, expert] = False
+    return kept
+
+
+def reference(
+    case: Case, world: int, capacity: int | None = None
+) -> tuple[list[Inputs], list[torch.Tensor], torch.Tensor]:
     """Inputs (with gradients), outputs and the experts' weights (with gradients), by one loop over all pairs."""
     weights = expert_weights(case.experts).requires_grad_()
     everyone = [inputs_of(case, rank, world) for rank in range(world)]
@@ -137,6 +156,7 @@ def reference(case: Case, world: int) -> tuple[list[Inputs], list[torch.Tensor],
     loss = weights.sum() * 0
     for inputs in everyone:
         hidden, probs = inputs.hidden.requires_grad_(), inputs.probs.requires_grad_()
+        inputs.routing = kept_pairs(case, inputs, capacity)
         rows = []
         for token in range(case.tokens):
             row = hidden[token] * 0
@@ -153,16 +173,29 @@ def reference(case: Case, world: int) -> tuple[list[Inputs], list[torch.Tensor],
 KINDS = ["uneven", "expert_unused", "padding", "all_null_on_rank_0", "all_null", "only_last_rank", "full"]
 
 
+DISPATCHERS = {
+    "deduplicated": {},
+    "row a pair": {"deduplicate": False},
+    "allgather": {"type": "allgather"},
+    "padded": {"capacity": 15},
+    "padded and dropped": {"capacity": 3},
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("deduplicate", [True, False])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_outputs_and_gradients_are_those_of_a_loop_over_pairs(ranks_of, world, deduplicate, kind):
+def test_outputs_and_gradients_are_those_of_a_loop_over_pairs(ranks_of, world, dispatcher, kind):
     case = Case(kind)
-    results = ranks_of(world).run(dispatch, case, deduplicate)
-    everyone, outputs, weights = reference(case, world)
+    results = ranks_of(world).run(dispatch, case, DISPATCHERS[dispatcher])
+    capacity = DISPATCHERS[dispatcher].get("capacity")
+    everyone, outputs, weights = reference(case, world, capacity)
     close = {"rtol": 1e-12, "atol": 1e-13}
     for rank, result in enumerate(results):
         assert result["shape"] == (1, case.tokens, HIDDEN)
+        if capacity:
+            places = case.experts // world * capacity
+            assert result["count"][0] == places * (world - 1) and result["expert_rows"] == places * world
         torch.testing.assert_close(result["output"], outputs[rank].detach(), **close)
         torch.testing.assert_close(result["hidden"], everyone[rank].hidden.grad, **close)
         torch.testing.assert_close(result["probs"], everyone[rank].probs.grad, **close)
@@ -197,7 +230,7 @@ def remote(table: list[list[int]], rank: int) -> tuple[int, int]:
 @pytest.mark.parametrize("deduplicate", [True, False])
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_is_counted_is_what_is_sent_and_null_slots_send_nothing(ranks_of, world, deduplicate, case):
-    results = ranks_of(world).run(dispatch, case, deduplicate)
+    results = ranks_of(world).run(dispatch, case, {"deduplicate": deduplicate})
     rows, pairs = sent_rows(case, world, deduplicate), sent_rows(case, world, deduplicate=False)
     local = case.experts // world
     for rank, result in enumerate(results):
@@ -226,13 +259,28 @@ def test_what_is_counted_is_what_is_sent_and_null_slots_send_nothing(ranks_of, w
             assert sum(size for kind, _, size in forward + backward if kind != "bits") == 0
 
 
+def test_fixed_shapes_are_exchanged_in_equal_parts_without_routing_bits(ranks_of):
+    case, capacity = Case("uneven"), 4
+    for rank, result in enumerate(ranks_of(2).run(dispatch, case, {"capacity": capacity})):
+        rows, row_bytes = case.experts // 2 * capacity, HIDDEN * 8
+        away = inputs_of(case, rank, 2).routing[:, 6:] if rank == 0 else inputs_of(case, rank, 2).routing[:, :6]
+        assert result["count"] == (rows, int(away.sum()), rows * (row_bytes + 8))
+        assert result["by_distance"] == [rows, rows, 0]
+        forward = [call[1:] for call in result["calls"] if call[0] == "forward"]
+        assert forward == [
+            ("rows", rows, rows * row_bytes),
+            ("weights", rows, rows * 8),
+            ("rows", rows, rows * row_bytes),
+        ]
+
+
 def test_deduplication_saves_rows_but_no_pair(ranks_of):
-    with_it, without = (ranks_of(2).run(dispatch, Case("uneven"), flag) for flag in (True, False))
+    with_it, without = (ranks_of(2).run(dispatch, Case("uneven"), {"deduplicate": flag}) for flag in (True, False))
     for ours, plain in zip(with_it, without, strict=True):
         assert ours["count"][0] < plain["count"][0] == plain["count"][1] == ours["count"][1]
 
 
 def test_one_rank_sends_nothing(ranks_of):
-    (result,) = ranks_of(1).run(dispatch, Case("uneven"), True)
+    (result,) = ranks_of(1).run(dispatch, Case("uneven"), {})
     assert result["count"] == (0, 0, 0) and result["calls"] == []
     assert result["expert_rows"] == sent_rows(Case("uneven"), 1, deduplicate=False)[0][0]
