@@ -49,6 +49,24 @@ class RouterConfig:
     z_loss_coefficient: float = key(
         0.0, "Weight of the mean squared log-sum-exp of the router's scores (0: off).", at_least=0
     )
+    target_load: float | None = key(
+        None,
+        "Mean number of true experts a token is to use in every layer; after each step a bias on the true experts' "
+        "scores, for selection only, is moved towards it. Strictly between max(k-m, 0) and min(k, n); null: off.",
+        above=0,
+    )
+    bias_rate: float = key(
+        0.1,
+        "Gain of that bias at the first step: its move, in units of a logit at even scores, for each whole slot share "
+        "that an expert is off its target, times n+m.",
+        above=0,
+    )
+    bias_decay_steps: int | None = key(
+        None,
+        "Steps after which bias_rate has halved: it is bias_rate / (1 + step / bias_decay_steps); null means "
+        "schedule.total_steps.",
+        at_least=1,
+    )
     balance: BalanceConfig = section(BalanceConfig, "Balance loss.")
 
 
@@ -94,3 +112,10 @@ class MoEConfig:
     router: RouterConfig = section(RouterConfig, "Router.")
     dispatcher: DispatcherConfig = section(DispatcherConfig, "Dispatcher.")
     experts: ExpertsConfig = section(ExpertsConfig, "Expert kernels.")
+
+    @property
+    def expected_load(self) -> float:
+        """True experts a token: the target where one is held, else k n / (n + m), that of perfect balance."""
+        if self.router.target_load is not None:
+            return self.router.target_load
+        return self.top_k * self.num_experts / (self.num_experts + self.num_null_experts)

@@ -14,6 +14,7 @@ from adamoe_dist.routing.losses import (
 from adamoe_dist.routing.router import AdaMoERouter
 from adamoe_dist.routing.selection import Normalize, Selection, select
 from adamoe_dist.routing.statistics import RoutingStatistics, routing_statistics
+from adamoe_dist.routing.target_load import Score, decayed_rate, score_gain, updated_bias
 
 __all__ = [
     "SUMS",
@@ -24,15 +25,19 @@ __all__ = [
     "NullInit",
     "RoutingCounters",
     "RoutingStatistics",
+    "Score",
     "Selection",
     "annealed_coefficient",
     "balance_loss",
     "balanced_loads",
+    "decayed_rate",
     "expand_shared",
     "initial_null_rows",
     "mean_probabilities",
     "read_vector",
     "routing_statistics",
+    "score_gain",
     "select",
+    "updated_bias",
     "z_loss",
 ]

@@ -52,10 +52,13 @@ class RoutingCounters:
     def vector(self, device: torch.device) -> Tensor:
         """Return the sums as one fp64 vector that can be added over layers and ranks: see :func:`read_vector`."""
         sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64, device=device) for name in SUMS])
-        routing = self._routing
-        if routing is None:
-            routing = torch.zeros(self.top_k + 1 + self.num_experts, device=device)
-        return torch.cat([sums, routing.to(torch.float64)])
+        return torch.cat([sums, self.packed_routing(device).to(torch.float64)])
+
+    def packed_routing(self, device: torch.device) -> Tensor:
+        """Return the selections so far as :meth:`RoutingStatistics.packed` lays them out, int64."""
+        if self._routing is None:
+            return torch.zeros(self.top_k + 1 + self.num_experts, dtype=torch.int64, device=device)
+        return self._routing
 
     def _add(self, name: str, value: Tensor | float) -> None:
         self._sums[name] = self._sums[name] + value

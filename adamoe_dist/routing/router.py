@@ -3,6 +3,8 @@
 Legend: T tokens, H hidden size, E true experts (n), N null experts (m), A = E + N, K selected slots.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,10 +29,12 @@ class AdaMoERouter(Router):
     The balance loss (AdaMoE equation 6, or equation 3 with ``switch``) is attached to each layer's combine weights; it
     is ``k x balance_coefficient`` at perfect balance, where Megatron's own convention is the coefficient itself. With
     weights normalised over the true experts the language-model loss gives null scores no gradient at all: the null
-    share is steered by the balance loss.
+    share is steered by the balance loss, and where ``moe.router.target_load`` is set by ``expert_bias`` (E,): fp32, added
+    to the true experts' scores for selection only, in training and evaluation.
     """
 
     balance_coefficient: float
+    expert_bias: Tensor | None
 
     def __init__(
         self, config: object, moe: MoEConfig, pg_collection: ProcessGroupCollection, counters: RoutingCounters
@@ -55,6 +59,17 @@ class AdaMoERouter(Router):
             self.null_weight.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         else:
             self.register_parameter("null_weight", None)
+        has_bias = moe.router.target_load is not None
+        bias_E = torch.zeros(moe.num_experts, dtype=torch.float32, device=self.weight.device) if has_bias else None
+        self.register_buffer("expert_bias", bias_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaMoERouter":
+        """Move the bias with the module, but keep it fp32: a cast would lose the small steps that it is made of."""
+        bias_E = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.expert_bias is not None:
+            self.expert_bias = bias_E.to(self.expert_bias.device)
+        return self
 
     def gating(self, input: Tensor) -> Tensor:
         """Return fp32 scores (T, A) of token vectors (..., H): the true experts' columns first."""
@@ -70,7 +85,9 @@ class AdaMoERouter(Router):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return combine weights and map over the true experts, each (T, E), with the losses attached."""
         mask_T = padding_mask.reshape(-1) if padding_mask is not None else None
-        selection = select(logits, self.moe.num_experts, self.moe.top_k, self.moe.router.normalize, mask_T)
+        selection = select(
+            logits, self.moe.num_experts, self.moe.top_k, self.moe.router.normalize, mask_T, bias_E=self.expert_bias
+        )
         probs_TE = selection.probs_TE
         if self.training and torch.is_grad_enabled():
             probs_TE = self._attach_losses(probs_TE, logits, selection, mask_T)

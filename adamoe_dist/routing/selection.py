@@ -51,6 +51,7 @@ def select(
     top_k: int,
     normalize: Normalize,
     padding_mask_T: Tensor | None = None,
+    bias_E: Tensor | None = None,
 ) -> Selection:
     """Select k of the n + m experts of each token and weigh the true ones (AdaMoE, eq. 1).
 
@@ -72,6 +73,9 @@ def select(
         normalize: How the weights of the selected true experts are scaled.
         padding_mask_T: Bool (T,), true for padding. Padding goes to no expert, and its logits receive a
             gradient of exactly zero.
+        bias_E: Added to the true experts' scores (E,) for the selection only, which is then top-k of the softmax
+            over all n + m logits plus bias, whatever `normalize` is (LongCat-Flash). The weights do not contain
+            it, and it has no gradient.
 
     Returns:
         The selection.
@@ -83,7 +87,11 @@ def select(
         logits_TA = logits_TA.masked_fill(padding_mask_T.unsqueeze(1), 0.0)
     # Where softmax rounds two logits to one probability, their order is that of Megatron's pre-softmax path.
     scores_TA = torch.softmax(logits_TA, dim=1) if normalize == "none" else logits_TA
-    scores_TK, top_indices_TK = torch.topk(scores_TA, top_k, dim=1)
+    if bias_E is None:
+        scores_TK, top_indices_TK = torch.topk(scores_TA, top_k, dim=1)
+    else:
+        top_indices_TK = _biased_choice(logits_TA, bias_E, top_k)
+        scores_TK = scores_TA.gather(1, top_indices_TK)
     dropped_TK = top_indices_TK >= num_true
     if padding_mask_T is not None:
         dropped_TK = dropped_TK | padding_mask_T.unsqueeze(1)
@@ -94,6 +102,14 @@ def select(
         selected_TA=_selected(logits_TA, top_indices_TK, padding_mask_T),
         top_indices_TK=top_indices_TK,
     )
+
+
+@torch.no_grad()
+def _biased_choice(logits_TA: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+    """Columns (T, K) of the largest softmax scores, the true ones' with bias."""
+    scores_TA = torch.softmax(logits_TA, dim=1)
+    scores_TA[:, : bias_E.shape[0]] += bias_E
+    return torch.topk(scores_TA, top_k, dim=1).indices
 
 
 def _slot_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:
