@@ -56,10 +56,11 @@ class RouterConfig:
         above=0,
     )
     bias_rate: float = key(
-        0.1,
-        "Gain of that bias at the first step: its move, in units of a logit at even scores, for each whole slot share "
-        "that an expert is off its target, times n+m.",
+        0.5,
+        "Part of the load's error that one move of the bias is to undo, at the first step; how far the bias has to "
+        "move for that is measured from the scores.",
         above=0,
+        below=2,
     )
     bias_decay_steps: int | None = key(
         None,

@@ -12,11 +12,23 @@ from adamoe_dist.routing.losses import (
     z_loss,
 )
 from adamoe_dist.routing.router import AdaMoERouter
-from adamoe_dist.routing.selection import Normalize, Selection, select
+from adamoe_dist.routing.selection import Normalize, Selection, biased_scores, select
 from adamoe_dist.routing.statistics import RoutingStatistics, routing_statistics
-from adamoe_dist.routing.target_load import Score, decayed_rate, score_gain, updated_bias
+from adamoe_dist.routing.target_load import (
+    MARGIN_BINS,
+    Score,
+    decayed_rate,
+    gain,
+    load_slope,
+    margin_counts,
+    margin_edges,
+    margins,
+    score_unit,
+    updated_bias,
+)
 
 __all__ = [
+    "MARGIN_BINS",
     "SUMS",
     "AdaMoERouter",
     "BalanceKind",
@@ -30,13 +42,19 @@ __all__ = [
     "annealed_coefficient",
     "balance_loss",
     "balanced_loads",
+    "biased_scores",
     "decayed_rate",
     "expand_shared",
+    "gain",
     "initial_null_rows",
+    "load_slope",
+    "margin_counts",
+    "margin_edges",
+    "margins",
     "mean_probabilities",
     "read_vector",
     "routing_statistics",
-    "score_gain",
+    "score_unit",
     "select",
     "updated_bias",
     "z_loss",

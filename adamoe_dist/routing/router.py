@@ -16,8 +16,9 @@ from adamoe_dist.config import MoEConfig
 from adamoe_dist.routing.counters import RoutingCounters
 from adamoe_dist.routing.initialisation import expand_shared, initial_null_rows
 from adamoe_dist.routing.losses import balance_loss, z_loss
-from adamoe_dist.routing.selection import Selection, select
+from adamoe_dist.routing.selection import Selection, biased_scores, select
 from adamoe_dist.routing.statistics import routing_statistics
+from adamoe_dist.routing.target_load import margin_counts, margins
 
 
 class AdaMoERouter(Router):
@@ -29,8 +30,8 @@ class AdaMoERouter(Router):
     The balance loss (AdaMoE equation 6, or equation 3 with ``switch``) is attached to each layer's combine weights; it
     is ``k x balance_coefficient`` at perfect balance, where Megatron's own convention is the coefficient itself. With
     weights normalised over the true experts the language-model loss gives null scores no gradient at all: the null
-    share is steered by the balance loss, and where ``moe.router.target_load`` is set by ``expert_bias`` (E,): fp32, added
-    to the true experts' scores for selection only, in training and evaluation.
+    share is steered by the balance loss, and where ``moe.router.target_load`` is set by ``expert_bias`` (E,): fp32,
+    added to the true experts' scores for selection only, in training and evaluation.
     """
 
     balance_coefficient: float
@@ -92,6 +93,8 @@ class AdaMoERouter(Router):
         if self.training and torch.is_grad_enabled():
             probs_TE = self._attach_losses(probs_TE, logits, selection, mask_T)
             self.counters.add_statistics(routing_statistics(selection, mask_T))
+            if self.expert_bias is not None:
+                self._count_margins(logits, selection, self.expert_bias)
         return probs_TE, selection.routing_map_TE
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,6 +108,11 @@ class AdaMoERouter(Router):
             ``(probs (T, E), routing_map (T, E))``: what Megatron's MoE layer expects, null experts left out.
         """
         return self.routing(self.gating(input), padding_mask)
+
+    @torch.no_grad()
+    def _count_margins(self, logits_TA: Tensor, selection: Selection, bias_E: Tensor) -> None:
+        scores_TA = biased_scores(logits_TA, bias_E)
+        self.counters.add_margins(margin_counts(margins(scores_TA, selection.selected_TA, selection.num_true)))
 
     def _attach_losses(
         self, probs_TE: Tensor, logits_TA: Tensor, selection: Selection, mask_T: Tensor | None

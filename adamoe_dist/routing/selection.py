@@ -90,7 +90,7 @@ def select(
     if bias_E is None:
         scores_TK, top_indices_TK = torch.topk(scores_TA, top_k, dim=1)
     else:
-        top_indices_TK = _biased_choice(logits_TA, bias_E, top_k)
+        top_indices_TK = torch.topk(biased_scores(logits_TA, bias_E), top_k, dim=1).indices
         scores_TK = scores_TA.gather(1, top_indices_TK)
     dropped_TK = top_indices_TK >= num_true
     if padding_mask_T is not None:
@@ -105,11 +105,11 @@ def select(
 
 
 @torch.no_grad()
-def _biased_choice(logits_TA: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
-    """Columns (T, K) of the largest softmax scores, the true ones' with bias."""
+def biased_scores(logits_TA: Tensor, bias_E: Tensor) -> Tensor:
+    """What `select` chooses by where there is a bias (T, A): softmax scores, the true ones' plus bias."""
     scores_TA = torch.softmax(logits_TA, dim=1)
     scores_TA[:, : bias_E.shape[0]] += bias_E
-    return torch.topk(scores_TA, top_k, dim=1).indices
+    return scores_TA
 
 
 def _slot_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:

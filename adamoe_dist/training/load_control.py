@@ -7,7 +7,16 @@ import torch.distributed as dist
 
 from adamoe_dist.config import Config
 from adamoe_dist.model import LanguageModel
-from adamoe_dist.routing import AdaMoERouter, RoutingStatistics, decayed_rate, score_gain, updated_bias
+from adamoe_dist.routing import (
+    MARGIN_BINS,
+    AdaMoERouter,
+    RoutingStatistics,
+    decayed_rate,
+    gain,
+    load_slope,
+    score_unit,
+    updated_bias,
+)
 
 
 class LoadController:
@@ -29,26 +38,23 @@ class LoadController:
         """
         routers = [layer.router for layer in self._layers]
         device = routers[0].expert_bias.device
-        packed = torch.stack([layer.counters.packed_routing(device) for layer in self._layers])
+        packed = torch.stack([layer.counters.packed_control(device) for layer in self._layers])
         dist.all_reduce(packed)
-        mu = self.gain(step)
+        moe = self._moe
+        unit = score_unit("softmax", moe.num_experts + moe.num_null_experts)
+        rate = decayed_rate(self._router_config.bias_rate, step, self._decay_steps)
         for router, layer_counts in zip(routers, packed, strict=True):
-            counts = RoutingStatistics.unpacked(layer_counts, self._moe.num_experts)
+            margins_M, routing = layer_counts.split([MARGIN_BINS, layer_counts.shape[0] - MARGIN_BINS])
+            counts = RoutingStatistics.unpacked(routing, moe.num_experts)
             bias_E = updated_bias(
                 router.expert_bias,
                 counts.expert_counts_E,
                 counts.real_tokens,
                 self._moe.top_k,
                 self._target_load,
-                mu,
+                gain(rate, load_slope(margins_M, unit), moe.num_experts, moe.top_k),
             )
             router.expert_bias.copy_(bias_E)
-
-    def gain(self, step: int) -> float:
-        """Return mu of optimizer step ``step`` (from 0)."""
-        columns = self._moe.num_experts + self._moe.num_null_experts
-        rate = decayed_rate(self._router_config.bias_rate, step, self._decay_steps)
-        return rate * score_gain("softmax", columns)
 
 
 def load_controller(config: Config, model: LanguageModel) -> LoadController | None:
