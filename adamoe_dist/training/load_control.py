@@ -1,7 +1,5 @@
 """Holding ``moe.router.target_load``: every router's selection bias, moved after each optimizer step."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 
@@ -24,9 +22,8 @@ class LoadController:
 
     def __init__(self, config: Config, model: LanguageModel, target_load: float) -> None:
         """Control ``model``; :func:`load_controller` says whether a run has one."""
-        self._router_config = config.moe.router
-        self._decay_steps = self._router_config.bias_decay_steps or config.total_steps
         self._moe = config.moe
+        self._total_steps = config.total_steps
         self._target_load = target_load
         self._layers = model.moe_layers
 
@@ -34,33 +31,29 @@ class LoadController:
     def update(self, step: int) -> None:
         """Move the biases after optimizer step ``step`` (from 0), whose counters are complete. Collective.
 
-        Counts are summed as integers, so all ranks, and all ways of cutting a run, compute the same bits.
+        Counts are summed as integers, so that all ranks compute the same bits, however the run is cut.
         """
         routers = [layer.router for layer in self._layers]
         device = routers[0].expert_bias.device
-        packed = torch.stack([layer.counters.packed_control(device) for layer in self._layers])
-        dist.all_reduce(packed)
-        moe = self._moe
-        unit = score_unit("softmax", moe.num_experts + moe.num_null_experts)
-        rate = decayed_rate(self._router_config.bias_rate, step, self._decay_steps)
-        for router, layer_counts in zip(routers, packed, strict=True):
-            margins_M, routing = layer_counts.split([MARGIN_BINS, layer_counts.shape[0] - MARGIN_BINS])
-            counts = RoutingStatistics.unpacked(routing, moe.num_experts)
-            bias_E = updated_bias(
-                router.expert_bias,
-                counts.expert_counts_E,
-                counts.real_tokens,
-                self._moe.top_k,
-                self._target_load,
-                gain(rate, load_slope(margins_M, unit), moe.num_experts, moe.top_k),
-            )
-            router.expert_bias.copy_(bias_E)
+        counts = torch.stack([layer.counters.packed_control(device) for layer in self._layers])
+        dist.all_reduce(counts)
+        for router, layer_counts in zip(routers, counts, strict=True):
+            self._update_layer(router, layer_counts, step)
+
+    def _update_layer(self, layer_router: AdaMoERouter, counts: torch.Tensor, step: int) -> None:
+        moe, router, bias_E = self._moe, self._moe.router, layer_router.expert_bias
+        assert bias_E is not None
+        margins_M, packed = counts.split([MARGIN_BINS, counts.shape[0] - MARGIN_BINS])
+        routing = RoutingStatistics.unpacked(packed, moe.num_experts)
+        slope = load_slope(margins_M, score_unit("softmax", moe.num_experts + moe.num_null_experts))
+        rate = decayed_rate(router.bias_rate, step, router.bias_decay_steps or self._total_steps)
+        mu = gain(rate, slope, moe.num_experts, moe.top_k)
+        bias_E.copy_(
+            updated_bias(bias_E, routing.expert_counts_E, routing.real_tokens, moe.top_k, self._target_load, mu)
+        )
 
 
 def load_controller(config: Config, model: LanguageModel) -> LoadController | None:
     """Return the controller of a run, or None where ``moe.router.target_load`` is off."""
     target_load = config.moe.router.target_load
-    if target_load is None:
-        return None
-    assert all(isinstance(layer.router, AdaMoERouter) for layer in model.moe_layers)
-    return LoadController(config, model, target_load)
+    return None if target_load is None else LoadController(config, model, target_load)

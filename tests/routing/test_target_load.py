@@ -195,21 +195,19 @@ def test_the_rate_decays_to_half_and_never_ends():
 
 STEPS, TOKENS, WINDOW = 200, 2048, 10
 SHAPES = [(8, 8, 3, 1.2), (8, 8, 3, 1.8), (64, 64, 8, 2.5), (64, 64, 8, 6.0)]
-# The widest softmax is the hardest: a score is mostly 0 or 1, and an expert that nobody chooses is far from chosen.
-SPREADS = [("softmax", 0.15, 0.02), ("softmax", 1.0, 0.02), ("softmax", 3.0, 0.05), ("sigmoid", 0.15, 0.02)]
-SPREADS += [("sigmoid", 2.0, 0.02)]
+SPREADS = [("softmax", 0.15), ("softmax", 1.0), ("softmax", 3.0), ("sigmoid", 0.15), ("sigmoid", 2.0)]
 
 
-@pytest.mark.parametrize(("kind", "spread", "bound"), SPREADS)
+@pytest.mark.parametrize(("kind", "spread"), SPREADS)
 @pytest.mark.parametrize(("num_true", "num_null", "top_k", "target"), SHAPES)
-def test_a_random_router_settles_at_the_target_and_stays(kind, spread, bound, num_true, num_null, top_k, target):
+def test_a_random_router_settles_at_the_target_and_stays(kind, spread, num_true, num_null, top_k, target):
     """New tokens each step through fixed uneven scores, narrow as at the start or wide as after training.
 
     One step's tokens alone have a load that differs from the mean by up to 1.5 %: judged are means of ten steps.
     """
     generator = torch.Generator().manual_seed(num_true)
     columns = num_true + num_null
-    offsets = 0.5 * spread * torch.randn(columns, generator=generator)
+    offsets = 0.5 * spread * torch.randn(num_true, generator=generator).repeat(2)
     bias = torch.zeros(num_true)
     loads = []
     for step in range(STEPS):
@@ -221,7 +219,7 @@ def test_a_random_router_settles_at_the_target_and_stays(kind, spread, bound, nu
         mu = gain(decayed_rate(0.5, step, STEPS), slope, num_true, top_k)
         bias = updated_bias(bias, counts, torch.tensor(TOKENS), top_k, target, mu)
     means = torch.tensor(loads).unfold(0, WINDOW, 1).mean(dim=1) / target - 1
-    off = (means.abs() > bound).nonzero().flatten()
+    off = (means.abs() > 0.02).nonzero().flatten()
     settled = int(off[-1]) + 1 + WINDOW if len(off) else WINDOW
     print(f"{kind} n={num_true} {spread=} {target=}: settled after {settled}, last 100: {means[-100:].abs().max():.2%}")
     assert abs(loads[0] / target - 1) > 0.05, "the target must be off the load that no bias gives"
