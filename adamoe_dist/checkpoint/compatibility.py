@@ -10,6 +10,7 @@ from adamoe_dist.errors import UserError
 
 FINGERPRINT = "tokenizer_fingerprint"
 _ABSENT = "absent"
+_OFF = (_ABSENT, None)  # a key that the checkpoint's version did not have yet was off
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ FIXED = (
     Fixed("moe.router.score_function", "meaning of the router's weights"),
     Fixed("moe.router.gating_residual", "weights of the router"),
     Fixed("moe.router.normalize", "scale of the experts' outputs"),
+    Fixed("moe.router.target_load", "the bias that experts are selected with", resume_only=True),
     Fixed("moe.router.null_init", "one row for all null experts, or one each"),
     Fixed("run.seed", "order of the data", resume_only=True),
     Fixed("optimizer.type", "moments in the checkpoint", resume_only=True),
@@ -62,7 +64,9 @@ def check_compatible(
         key: f"{key} is {there} there, {here} here"
         for fixed in FIXED
         for key, there, here in _compare(fixed.key, saved, config)
-        if there != here and not (weights_only and _governing(key).resume_only)
+        if there != here
+        and not (there in _OFF and here in _OFF)
+        and not (weights_only and _may_change(key, there, here))
     }
     if tokenizer_fingerprint is not None:
         there = read_state(path).get(FINGERPRINT, _ABSENT)
@@ -71,6 +75,16 @@ def check_compatible(
     if differences:
         remedy = "set them as there" if weights_only else "set them as there, or start a new run in another run.dir"
         raise UserError(f"checkpoint {path} is of another run: {'; '.join(differences.values())}; {remedy}")
+
+
+def _may_change(key: str, there: Any, here: Any) -> bool:
+    """Tell whether a new run may start from weights that were trained with another value.
+
+    Another target load may, or a first one; but weights trained under a selection bias are not to lose it.
+    """
+    if key == "moe.router.target_load":
+        return there in _OFF or here is not None
+    return _governing(key).resume_only
 
 
 def _governing(key: str) -> Fixed:

@@ -36,7 +36,7 @@ def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
     """
     shapes = _verified_shapes(path)
     zero = ZeroState(engine)
-    wanted = _wanted_weights(zero) | _wanted_moments(zero)
+    wanted = _wanted_weights(zero) | _wanted_buffers(zero) | _wanted_moments(zero)
     with agreed(f"reading {path}"):
         _check_shapes(path, wanted, shapes, ("model.", "optimizer."))
         state = read_state(path)
@@ -44,6 +44,7 @@ def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
     with agreed(f"reading tensors from {path}"):
         loaded = names.read_tensors(path, wanted | random_states)
     _set_weights(zero, loaded)
+    _set_buffers(zero, loaded)
     for name in zero.parameters:
         for moment in zero.moments:
             zero.set_moment(name, moment, loaded[names.moment_key(name, moment)])
@@ -54,24 +55,33 @@ def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
     return state
 
 
-def load_weights(path: Path, engine: TrainingEngine) -> None:
-    """Take a checkpoint's weights, and nothing else; all ranks call it together.
+def load_weights(path: Path, engine: TrainingEngine) -> list[str]:
+    """Take a checkpoint's weights and buffers, and nothing else; all ranks call it together.
 
     Args:
         path: the checkpoint directory.
         engine: of the same model.
+
+    Returns:
+        The buffers that the checkpoint's model did not have, all or none of the engine's: they stay as they are.
 
     Raises:
         UserError: a file is missing or damaged, or a weight is missing, unexpected or of another shape.
     """
     shapes = _verified_shapes(path)
     zero = ZeroState(engine)
-    wanted = _wanted_weights(zero)
+    buffers = _wanted_buffers(zero)
+    is_without = not any(key in shapes for key in buffers)
+    wanted = _wanted_weights(zero) | ({} if is_without else buffers)
     with agreed(f"reading {path}"):
         _check_shapes(path, wanted, shapes, ("model.",))
     with agreed(f"reading tensors from {path}"):
         loaded = names.read_tensors(path, wanted)
     _set_weights(zero, loaded)
+    if is_without:
+        return list(zero.buffers)
+    _set_buffers(zero, loaded)
+    return []
 
 
 def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -86,6 +96,11 @@ def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _wanted_weights(zero: ZeroState) -> dict[str, ShardedTensor]:
     keys = {names.weight_key(name): parameter for name, parameter in zero.parameters.items()}
     return {key: names.part_of_parameter(key, parameter) for key, parameter in keys.items()}
+
+
+def _wanted_buffers(zero: ZeroState) -> dict[str, ShardedTensor]:
+    keys = {names.weight_key(name): buffer for name, buffer in zero.buffers.items()}
+    return {key: names.replicated(key, torch.empty(buffer.shape)) for key, buffer in keys.items()}
 
 
 def _wanted_moments(zero: ZeroState) -> dict[str, ShardedTensor]:
@@ -129,3 +144,8 @@ def _set_weights(zero: ZeroState, loaded: dict[str, Any]) -> None:
     for name in zero.parameters:
         zero.set_weight(name, loaded[names.weight_key(name)])
     zero.update_weights()
+
+
+def _set_buffers(zero: ZeroState, loaded: dict[str, Any]) -> None:
+    for name, buffer in zero.buffers.items():
+        buffer.copy_(loaded[names.weight_key(name)])

@@ -1,5 +1,6 @@
 """Saving: all ranks write, one publishes."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import tensors as names
-from adamoe_dist.checkpoint.agreement import agreed, gathered
+from adamoe_dist.checkpoint.agreement import CheckpointError, agreed, gathered
 from adamoe_dist.checkpoint.directory import (
     UNFINISHED,
     directory_name,
@@ -19,7 +20,7 @@ from adamoe_dist.checkpoint.directory import (
     remove_older,
 )
 from adamoe_dist.checkpoint.manifest import CONFIG, MANIFEST, STATE, build_manifest, describe_file, write_json
-from adamoe_dist.checkpoint.zero import ZeroState
+from adamoe_dist.checkpoint.zero import ZeroState, canonical_buffers
 from adamoe_dist.parallel import TrainingEngine
 
 
@@ -49,7 +50,8 @@ def save_checkpoint(
         The checkpoint directory.
 
     Raises:
-        CheckpointError: another rank failed; the failing rank raises what it met. No checkpoint appears.
+        CheckpointError: another rank failed (the failing rank raises what it met), or a buffer that must be the same on
+            all ranks is not. No checkpoint appears.
     """
     unfinished, is_first = root / (directory_name(step) + UNFINISHED), dist.get_rank() == 0
     with agreed(f"making {unfinished}"):
@@ -57,6 +59,7 @@ def save_checkpoint(
             root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(root)
             unfinished.mkdir()
+    _require_equal_buffers(engine)
     collected = collect_tensors(engine)
     with agreed(f"writing tensors to {unfinished}"):
         names.write_tensors(unfinished, collected)
@@ -89,12 +92,27 @@ def collect_tensors(engine: TrainingEngine) -> dict[str, ShardedTensor]:
         add(names.weight_key(name), parameter, turn, zero.weight(name))
         for moment in zero.moments:
             add(names.moment_key(name, moment), parameter, turn, zero.moment(name, moment))
+    for name, buffer in zero.buffers.items():
+        collected[names.weight_key(name)] = names.replicated(names.weight_key(name), buffer.detach().cpu())
     if zero.moments:
         collected[names.OPTIMIZER_STEP] = names.replicated(names.OPTIMIZER_STEP, torch.tensor([zero.step]))
     for device, random_state in platform.random_states().items():
         key = names.random_key(device)
         collected[key] = names.part_by_rank(key, random_state)
     return collected
+
+
+def _require_equal_buffers(engine: TrainingEngine) -> None:
+    """Refuse, on every rank, buffers that differ among the ranks: one rank's would be saved for all."""
+    buffers = canonical_buffers(engine.model)
+    held = {name: hashlib.sha256(buffer.cpu().numpy().tobytes()).hexdigest() for name, buffer in buffers.items()}
+    everyone = gathered(held)
+    for rank, other in enumerate(everyone):
+        for name, digest in everyone[0].items():
+            if other.get(name) != digest:
+                raise CheckpointError(
+                    f"buffer {name} of rank {rank} is not that of rank 0; all ranks must hold the same"
+                )
 
 
 def _describe_files(path: Path) -> dict[str, dict[str, Any]]:

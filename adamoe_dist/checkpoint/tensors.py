@@ -1,8 +1,9 @@
 """The tensors of a checkpoint: their names, who holds which part, and Megatron-core's files.
 
-Names: ``model.<parameter>`` master weights, ``optimizer.exp_avg.<parameter>`` and ``optimizer.exp_avg_sq.<parameter>``
-Adam's moments, all fp32 and whole; experts of a layer are one tensor, stacked along axis 0 by global number.
-``optimizer.step`` (1,) int64. ``rng.<device>`` (ranks, n) uint8.
+Names: ``model.<parameter>`` master weights, ``model.<buffer>`` buffers that the model's output depends on,
+``optimizer.exp_avg.<parameter>`` and ``optimizer.exp_avg_sq.<parameter>`` Adam's moments, all fp32 and whole; experts
+of a layer are one tensor, stacked along axis 0 by global number. ``optimizer.step`` (1,) int64. ``rng.<device>``
+(ranks, n) uint8.
 """
 
 import io

@@ -29,13 +29,21 @@ def canonical_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
     return parameters
 
 
-def assert_no_other_state(model: torch.nn.Module) -> None:
-    """Check that a model has no state besides its parameters."""
+def canonical_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers of a model by the names that they have in a checkpoint.
+
+    A checkpoint holds them in fp32 and once: they are the same on all ranks.
+    """
+    buffers = {}
     for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            assert name in module._non_persistent_buffers_set, (
-                f"buffer {prefix}.{name} {tuple(buffer.shape)} would not be saved"
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] in module._non_persistent_buffers_set:
+                continue
+            assert buffer.dtype == torch.float32, (
+                f"buffer {name} is {buffer.dtype}: a checkpoint would not keep its bits"
             )
+            buffers[name.removeprefix(MODULE_PREFIX)] = buffer
+    return buffers
 
 
 class ZeroState:
@@ -57,7 +65,7 @@ class ZeroState:
         assert optimizer_class in MOMENTS, f"the state of {optimizer_class} is not known"
         self.moments = MOMENTS[optimizer_class]
         self.parameters = canonical_parameters(engine.model)
-        assert_no_other_state(engine.model)
+        self.buffers = canonical_buffers(engine.model)
         self._create_states()
 
     def weight(self, name: str) -> Tensor:

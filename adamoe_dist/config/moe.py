@@ -74,6 +74,25 @@ class RouterConfig:
     drop_policy: Literal["probs", "position"] = key(
         "probs", "Which tokens an expert beyond its capacity keeps: those of the largest weights, or the first ones."
     )
+    target_load: float | None = key(
+        None,
+        "Mean number of true experts a token is to use in every layer; after each step a bias on the true experts' "
+        "scores, for selection only, is moved towards it. Strictly between max(k-m, 0) and min(k, n); null: off.",
+        above=0,
+    )
+    bias_rate: float = key(
+        0.5,
+        "Part of the load's error that one move of the bias is to undo, at the first step; how far the bias has to "
+        "move for that is measured from the scores.",
+        above=0,
+        below=2,
+    )
+    bias_decay_steps: int | None = key(
+        None,
+        "Steps after which bias_rate has halved: it is bias_rate / (1 + step / bias_decay_steps); null means "
+        "schedule.total_steps.",
+        at_least=1,
+    )
     balance: BalanceConfig = section(BalanceConfig, "Balance loss.")
 
 
@@ -153,7 +172,9 @@ class MoEConfig:
 
     @property
     def expected_load(self) -> float:
-        """True experts a token at balance: k n / (n + m), or k (1 - r) where the balance loss holds a null share r."""
+        """True experts a token: the target that is held, k (1 - r) at a target null share r, else k n / (n + m)."""
+        if self.router.target_load is not None:
+            return self.router.target_load
         balance = self.router.balance
         if balance.type == "grouped" and balance.target_null_share is not None:
             return self.top_k * (1.0 - balance.target_null_share)

@@ -113,6 +113,7 @@ def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, pre
     parameters, load = count_parameters(config, padded_vocab_size), expected_load(config)
     memory = rank_memory(config, resolved, parameters, precision)
     train, moe = config.train, config.moe
+    load_is = "at balance" if moe.router.target_load is None else "held (moe.router.target_load)"
     return [
         f"ranks: {resolved.world_size} = data {resolved.data_parallel} (experts: expert-parallel "
         f"{resolved.expert_parallel} x expert-data {resolved.expert_data_parallel}); ZeRO stage {config.zero.stage}, "
@@ -121,7 +122,7 @@ def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, pre
         f"{resolved.micro_batches_per_rank} accumulated x {resolved.data_parallel} data-parallel ranks; "
         f"{resolved.tokens_per_step} tokens a step, {resolved.tokens_per_step * train.steps} in {train.steps} steps",
         f"experts: {moe.num_experts} true + {moe.num_null_experts} null, top_k={moe.top_k}: "
-        f"{load:.2f} true experts a token at balance, {moe.num_experts // resolved.expert_parallel} a rank, in "
+        f"{load:.2f} true experts a token {load_is}, {moe.num_experts // resolved.expert_parallel} a rank, in "
         f"{parameters.moe_layers} of {config.model.num_layers} layers",
         f"parameters: {parameters.total:,} total, {parameters.active(load):,} active a token at that load "
         f"(vocabulary {padded_vocab_size})",

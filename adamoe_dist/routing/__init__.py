@@ -17,10 +17,22 @@ from adamoe_dist.routing.losses import (
 )
 from adamoe_dist.routing.null_experts import NullExperts, identity_output, null_output
 from adamoe_dist.routing.router import AdaMoERouter, chain_routers
-from adamoe_dist.routing.selection import Normalize, ScoreFunction, Selection, ranked_top_k, select
+from adamoe_dist.routing.selection import Normalize, ScoreFunction, Selection, biased_scores, ranked_top_k, select
 from adamoe_dist.routing.statistics import RoutingStatistics, nonfinite_tokens, routing_statistics
+from adamoe_dist.routing.target_load import (
+    MARGIN_BINS,
+    decayed_rate,
+    gain,
+    load_slope,
+    margin_counts,
+    margin_edges,
+    margins,
+    score_unit,
+    updated_bias,
+)
 
 __all__ = [
+    "MARGIN_BINS",
     "SUMS",
     "AdaMoERouter",
     "BalanceKind",
@@ -38,19 +50,28 @@ __all__ = [
     "annealed_coefficient",
     "balance_loss",
     "balanced_loads",
+    "biased_scores",
     "chain_routers",
+    "decayed_rate",
     "expand_shared",
     "expert_capacity",
+    "gain",
     "identity_output",
     "initial_null_rows",
+    "load_slope",
+    "margin_counts",
+    "margin_edges",
+    "margins",
     "mean_probabilities",
     "nonfinite_tokens",
     "null_output",
     "ranked_top_k",
     "read_vector",
     "routing_statistics",
+    "score_unit",
     "select",
     "selected_counts",
+    "updated_bias",
     "within_capacity",
     "z_loss",
 ]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from adamoe_dist.routing.statistics import RoutingStatistics
+from adamoe_dist.routing.target_load import MARGIN_BINS
 
 SUMS = (
     "micro_batches",
@@ -33,12 +34,17 @@ class RoutingCounters:
         self._sums: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
         self._routing: Tensor | None = None
         self._loads: Tensor | None = None
+        self._margins: Tensor | None = None
 
     def add_statistics(self, statistics: RoutingStatistics) -> None:
         """Add one micro-batch's selection."""
         packed = statistics.packed()
         self._routing = packed if self._routing is None else self._routing + packed
         self._add("micro_batches", 1)
+
+    def add_margins(self, counts_M: Tensor) -> None:
+        """Add one micro-batch's counts of margins, by which the target load's controller sets its gain."""
+        self._margins = counts_M if self._margins is None else self._margins + counts_M
 
     def add_balance_loss(self, loss: Tensor) -> None:
         """Add one micro-batch's balance loss, coefficient included."""
@@ -84,10 +90,20 @@ class RoutingCounters:
     def vector(self, device: torch.device) -> Tensor:
         """Return the sums as one fp64 vector that can be added over layers and ranks: see :func:`read_vector`."""
         sums = torch.stack([self.value(name, device) for name in SUMS])
-        routing = self._routing
-        if routing is None:
-            routing = torch.zeros(self.top_k + 1 + self.num_experts, device=device)
-        return torch.cat([sums, routing.to(torch.float64)])
+        return torch.cat([sums, self.packed_routing(device).to(torch.float64)])
+
+    def packed_routing(self, device: torch.device) -> Tensor:
+        """Return the selections so far as :meth:`RoutingStatistics.packed` lays them out, int64."""
+        if self._routing is None:
+            return torch.zeros(self.top_k + 1 + self.num_experts, dtype=torch.int64, device=device)
+        return self._routing
+
+    def packed_control(self, device: torch.device) -> Tensor:
+        """Return what the target load's controller needs: the counts of margins, then :meth:`packed_routing`."""
+        counts_M = self._margins
+        if counts_M is None:
+            counts_M = torch.zeros(MARGIN_BINS, dtype=torch.int64, device=device)
+        return torch.cat([counts_M, self.packed_routing(device)])
 
     def _add(self, name: str, value: Tensor | float) -> None:
         self._sums[name] = self._sums[name] + value

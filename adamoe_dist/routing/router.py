@@ -3,6 +3,8 @@
 Legend: T tokens, H hidden size, E true experts (n), N null experts (m), A = E + N, K selected slots.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,8 +19,9 @@ from adamoe_dist.routing.counters import RoutingCounters
 from adamoe_dist.routing.gating_residual import ScoreChain
 from adamoe_dist.routing.initialisation import expand_shared, initial_null_rows
 from adamoe_dist.routing.losses import BatchLoads, balance_loss, selected_counts, z_loss
-from adamoe_dist.routing.selection import Selection, select
+from adamoe_dist.routing.selection import Selection, biased_scores, select
 from adamoe_dist.routing.statistics import nonfinite_tokens, routing_statistics
+from adamoe_dist.routing.target_load import margin_counts, margins
 
 
 class AdaMoERouter(Router):
@@ -30,13 +33,16 @@ class AdaMoERouter(Router):
     The balance loss (AdaMoE equation 6, or equation 3 with ``switch``) is attached to each layer's combine weights; it
     is ``k x balance_coefficient`` at perfect balance, where Megatron's own convention is the coefficient itself. With
     weights normalised over the true experts the language-model loss gives null scores no gradient at all: the null
-    share is steered by the balance loss.
+    share is steered by the balance loss, and where ``moe.router.target_load`` is set by ``expert_bias`` (E,): fp32,
+    added to the true experts' scores for selection only, in training and evaluation.
+
 
     Losses are attached and everything is counted where gradients are recorded, hence once under activation recompute,
     whose first forward pass records none.
     """
 
     balance_coefficient: float
+    expert_bias: Tensor | None
 
     def __init__(
         self, config: object, moe: MoEConfig, pg_collection: ProcessGroupCollection, counters: RoutingCounters
@@ -65,6 +71,17 @@ class AdaMoERouter(Router):
         else:
             self.register_parameter("null_weight", None)
         self.register_parameter("gating_residual_weight", None)
+        has_bias = moe.router.target_load is not None
+        bias_E = torch.zeros(moe.num_experts, dtype=torch.float32, device=self.weight.device) if has_bias else None
+        self.register_buffer("expert_bias", bias_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaMoERouter":
+        """Move the bias with the module, but keep it fp32: a cast would lose the small steps that it is made of."""
+        bias_E = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.expert_bias is not None:
+            self.expert_bias = bias_E.to(self.expert_bias.device)
+        return self
 
     def join(self, chain: ScoreChain, place: int) -> None:
         """Take ``place`` (from 0) in a chain of routers; all but the first get ``gating_residual_weight`` (A, A).
@@ -101,6 +118,7 @@ class AdaMoERouter(Router):
             router.normalize,
             mask_T,
             score_function=router.score_function,
+            bias_E=self.expert_bias,
             num_with_output=num_with_output,
         )
         self._null_weights_TW = selection.null_probs_TW if num_with_output else None
@@ -158,6 +176,9 @@ class AdaMoERouter(Router):
         self.counters.add_nonfinite(nonfinite_tokens(logits_TA, mask_T))
         if self.moe.router.capacity_factor is not None:
             self.counters.add_dropped(selection.routing_map_TE.sum() - kept_TE.sum())
+        if self.expert_bias is not None:
+            scores_TA = biased_scores(logits_TA, self.moe.router.score_function, self.expert_bias)
+            self.counters.add_margins(margin_counts(margins(scores_TA, selection.selected_TA, selection.num_true)))
 
     def _attach_losses(
         self, probs_TE: Tensor, logits_TA: Tensor, selection: Selection, mask_T: Tensor | None

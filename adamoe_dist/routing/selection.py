@@ -111,7 +111,7 @@ def select(
     # Where softmax rounds two logits to one probability, their order is that of Megatron's pre-softmax path.
     is_plain_softmax = normalize == "none" and score_function == "softmax"
     scores_TA = torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
-    ranking_TA = scores_TA if bias_E is None else _biased_scores(logits_TA, score_function, bias_E)
+    ranking_TA = scores_TA if bias_E is None else biased_scores(logits_TA, score_function, bias_E)
     top_indices_TK = ranked_top_k(ranking_TA, top_k)
     first_with_output = experts - num_with_output
     dropped_TK = (top_indices_TK >= num_true) & (top_indices_TK < first_with_output)
@@ -158,8 +158,8 @@ def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
 
 
 @torch.no_grad()
-def _biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tensor) -> Tensor:
-    """Scores (T, A) with the bias on the true experts' columns, for the selection.
+def biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tensor) -> Tensor:
+    """What `select` chooses by where there is a bias (T, A): scores, the true experts' plus bias.
 
     The CPU's fp32 sigmoid rounds an element by its place in memory, hence by the batch; rounding an fp64 one does
     not.

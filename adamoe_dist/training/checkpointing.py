@@ -60,8 +60,10 @@ def restore(trainer: Trainer, source: Path | None) -> None:
     if source is None:
         return
     if trainer.config.checkpoint.load_weights:
-        load_weights(source, trainer.engine)
+        new_buffers = load_weights(source, trainer.engine)
         logger.info("starting from the weights of %s", source)
+        if new_buffers:
+            logger.info("it was trained without moe.router.target_load: the selection bias of every layer starts at 0")
         return
     state = load_checkpoint(source, trainer.engine)
     trainer.step = int(state["step"])

@@ -17,6 +17,7 @@ from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
 from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel import TrainingEngine
 from adamoe_dist.training.callback import Callback, StepResult
+from adamoe_dist.training.load_control import load_controller
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
 
 EXIT_CODES = {signal.SIGTERM: EXIT_TERMINATED, signal.SIGINT: EXIT_INTERRUPTED}
@@ -60,6 +61,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.stop_signal: signal.Signals | None = None
+        self._load_controller = load_controller(config, model)
         self._received: signal.Signals | None = None
 
     @property
@@ -107,6 +109,8 @@ class Trainer:
         self.engine.step()
         norm = self.engine.gradient_norm()
         self._require_finite("gradient norm", norm, first_sample)
+        if self._load_controller is not None:
+            self._load_controller.update(self.step)
         self.step += 1
         self.tokens_seen += self.resolved.tokens_per_step
         platform.synchronize()

@@ -1,6 +1,6 @@
 """The metrics of a logged step, reduced over all ranks so that they do not depend on how the run is cut."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,14 @@ Record = dict[str, float | int]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """Routing of one MoE layer in one step."""
+    """Routing of one MoE layer in one step; the bias, where one holds the load, as it is after the step."""
 
     true_experts_per_token: float
     null_share: float
     all_null_share: float
     expert_load_max_over_mean: float
+    expert_bias_min: float | None = None
+    expert_bias_max: float | None = None
 
 
 def layer_vectors(trainer: Trainer) -> torch.Tensor:
@@ -46,6 +48,8 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     and ``dispatch_rows_same_node`` and ``dispatch_rows_other_node`` add up to ``dispatch_rows``.
     ``true_experts_per_token`` counts what was selected; ``dropped_share`` of it exceeded an expert's capacity and was
     not computed, which ``expert_flops_saved`` counts too.
+    ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
+    one step.
 
     Args:
         trainer: the loop.
@@ -83,6 +87,14 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "memory_peak_gib": peak_memory_gib(trainer.device),
     }
     layers = [routing_shares(read_vector(vector, num_experts)[1], trainer.config.moe.top_k) for vector in vectors]
+    target = trainer.config.moe.router.target_load
+    if target is not None:
+        record["target_load_error"] = max(abs(layer.true_experts_per_token / target - 1.0) for layer in layers)
+        biases = [layer.router.expert_bias for layer in trainer.model.moe_layers]
+        layers = [
+            replace(layer, expert_bias_min=float(bias_E.min()), expert_bias_max=float(bias_E.max()))
+            for layer, bias_E in zip(layers, biases, strict=True)
+        ]
     return record, layers
 
 

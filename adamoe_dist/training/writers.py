@@ -23,6 +23,7 @@ TAGS = {
     "all_null_share": "routing/all_null_share",
     "dropped_share": "routing/dropped_share",
     "expert_flops_saved": "routing/expert_flops_saved",
+    "target_load_error": "routing/target_load_error",
     "dispatch_rows": "dispatch/rows",
     "dispatch_rows_same_rank": "dispatch/rows_same_rank",
     "dispatch_rows_same_node": "dispatch/rows_same_node",
@@ -80,6 +81,9 @@ class TensorBoardWriter:
             self._writer.add_scalar(f"layers/null_share/{number:02d}", layer.null_share, step)
             self._writer.add_scalar(f"layers/all_null_share/{number:02d}", layer.all_null_share, step)
             self._writer.add_scalar(f"layers/expert_max_over_mean/{number:02d}", layer.expert_load_max_over_mean, step)
+            if layer.expert_bias_min is not None and layer.expert_bias_max is not None:
+                self._writer.add_scalar(f"layers/expert_bias_min/{number:02d}", layer.expert_bias_min, step)
+                self._writer.add_scalar(f"layers/expert_bias_max/{number:02d}", layer.expert_bias_max, step)
         self._writer.flush()
 
     def write_text(self, tag: str, text: str, step: int) -> None:

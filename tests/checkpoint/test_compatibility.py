@@ -90,3 +90,30 @@ def test_weights_only(make: Make, tree: dict[str, Any]) -> None:
     tree["model"]["num_layers"] = 9
     with pytest.raises(UserError, match=r"model\.num_layers is 4 there, 9 here; set them as there$"):
         check_compatible(path, tree, "abc", weights_only=True)
+
+
+def test_a_target_load_is_fixed_on_resume_and_may_come_or_change_but_not_go_with_weights(
+    make: Make, tree: dict[str, Any]
+) -> None:
+    router = tree["moe"]["router"]
+    free = make(1)
+    router["target_load"] = 1.2
+    held = make(2)
+    check_compatible(held, tree, "abc")
+    check_compatible(free, tree, "abc", weights_only=True)
+    with pytest.raises(UserError, match=r"moe\.router\.target_load is None there, 1\.2 here"):
+        check_compatible(free, tree, "abc")
+    router["target_load"] = 1.8
+    check_compatible(held, tree, "abc", weights_only=True)
+    with pytest.raises(UserError, match=r"moe\.router\.target_load is 1\.2 there, 1\.8 here"):
+        check_compatible(held, tree, "abc")
+    router["target_load"] = None
+    with pytest.raises(UserError, match=r"moe\.router\.target_load is 1\.2 there, None here; set them as there$"):
+        check_compatible(held, tree, "abc", weights_only=True)
+
+
+def test_a_checkpoint_older_than_a_key_is_one_with_the_key_off(make: Make, tree: dict[str, Any]) -> None:
+    del tree["moe"]["router"]["target_load"]
+    path = make(1)
+    tree["moe"]["router"]["target_load"] = None
+    check_compatible(path, tree, "abc")

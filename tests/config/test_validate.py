@@ -164,6 +164,40 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ),
         ({"moe": {**TOPK, "dispatcher": {"type": "allgather"}}}, 1, "moe.dispatcher.type=allgather needs moe.router"),
         ({"moe": {**TOPK, "dispatcher": {"dtype": "bf16"}}}, 1, "moe.dispatcher.dtype=bf16 needs moe.router.type"),
+        ({"moe": {"router": {"bias_decay_steps": 5}}}, 1, "moe.router.bias_decay_steps=5 does nothing without"),
+        (
+            {
+                "moe": {
+                    "num_null_experts": 0,
+                    "router": {"type": "topk", "target_load": 1.2, "balance": {"type": "none"}},
+                }
+            },
+            1,
+            "moe.router.target_load=1.2 needs moe.router.type=adamoe",
+        ),
+        (
+            {"moe": {"num_null_experts": 0, "router": {"target_load": 1.2}}},
+            1,
+            "moe.router.target_load=1.2 needs null experts",
+        ),
+        (
+            {"moe": {"router": {"target_load": 3.0}}},
+            1,
+            "moe.router.target_load=3 is not between 0 and 3 (both excluded), the loads that moe.top_k=3, "
+            "moe.num_experts=8 and moe.num_null_experts=8 can give; change it, or raise moe.top_k",
+        ),
+        (
+            {"moe": {"top_k": 6, "num_null_experts": 2, "router": {"target_load": 4.0}}},
+            1,
+            "is not between 4 and 6 (both excluded), the loads that moe.top_k=6, moe.num_experts=8 and "
+            "moe.num_null_experts=2 can give; change it, or lower moe.top_k or raise moe.num_null_experts",
+        ),
+        (
+            {"moe": {"top_k": 9, "router": {"target_load": 8.5}}},
+            1,
+            "is not between 1 and 8 (both excluded), the loads that moe.top_k=9, moe.num_experts=8 and "
+            "moe.num_null_experts=8 can give; change it, or raise moe.num_experts",
+        ),
         ({"data": {"train": []}}, 1, "data.train is empty"),
         ({"data": {"tokenizer": ""}}, 1, "data.tokenizer is empty"),
         ({"data": {"train": [{"weight": 1}]}}, 1, "needs a path"),
@@ -190,6 +224,14 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
 )
 def test_refusals(changes: dict, world_size: int, expected: str) -> None:
     assert expected in refusal(tree(**changes), world_size)
+
+
+def test_a_target_load_is_the_expected_load() -> None:
+    assert tree().moe.expected_load == 1.5
+    held = tree(moe={"router": {"target_load": 1.2, "balance": {"type": "none"}}})
+    resolve(held, 1)
+    assert held.moe.expected_load == 1.2
+    resolve(tree(moe={"top_k": 6, "num_null_experts": 2, "router": {"target_load": 4.001}}), 1)
 
 
 def test_problems_of_several_sections_come_together() -> None:

@@ -43,6 +43,8 @@ class Outcome:
     """Per layer, of this rank's first micro-batch: tokens by load, tokens of each true expert."""
     balance_losses: list[float] = field(default_factory=list)
     """Per step, mean over layers and micro-batches."""
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The selection biases on this rank at the end, by name."""
 
 
 def tokens_of(step: int, global_batch: int, length: int) -> torch.Tensor:
@@ -96,6 +98,7 @@ def train(
     from adamoe_dist.config import config_from_dict, resolve
     from adamoe_dist.model import build_model
     from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
+    from adamoe_dist.training.load_control import load_controller
 
     launch = Launch.from_environment()
     config = config_from_dict(merged(merged(BASE, changes), {"parallel": {"expert": expert_parallel}}))
@@ -108,6 +111,7 @@ def train(
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
         bend = Bend(built.model, force, resolved, launch.rank)
+        controller = load_controller(config, built.model)
         for step in range(steps):
             batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length)
             micro = batch.split(resolved.micro_batch_size)[launch.rank :: resolved.data_parallel]
@@ -131,11 +135,19 @@ def train(
             outcome.losses.append(float(total) / resolved.data_parallel)
             outcome.norms.append(engine.gradient_norm())
             outcome.balance_losses.append(mean_balance_loss(built.model))
+            if controller is not None:
+                controller.update(step)
         outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
+        outcome.biases = biases_of(built.model)
         engine.close()
         return outcome
     finally:
         destroy_groups()
+
+
+def biases_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The selection biases of this rank, where there are any."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
 
 
 def counted(layer: Any) -> tuple[dict[str, float], tuple[list[int], list[int]]]:

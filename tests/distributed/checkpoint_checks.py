@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import BASE, VOCAB, Outcome, gathered, merged, tokens_of
+from tests.distributed.cases import BASE, VOCAB, Outcome, biases_of, gathered, merged, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Run:
         from adamoe_dist.config import config_from_dict, resolve
         from adamoe_dist.model import build_model
         from adamoe_dist.parallel import Launch, TrainingEngine, initialize_groups
+        from adamoe_dist.training.load_control import load_controller
 
         self.launch = Launch.from_environment()
         self.config = config_from_dict(layout.tree())
@@ -49,6 +50,7 @@ class Run:
         changed_seed = merged(layout.tree(), {"run": {"seed": seed}})
         model = build_model(config_from_dict(changed_seed), self.resolved, VOCAB, dtype, cuda=False).model
         self.engine = TrainingEngine(model, self.config, self.resolved, dtype, self.config.moe.num_experts)
+        self.controller = load_controller(self.config, model)
         self.layout = {"world_size": self.launch.world_size, "expert": layout.expert_parallel, "zero": layout.stage}
 
     def advance(self, steps: range) -> Outcome:
@@ -59,17 +61,22 @@ class Run:
             batch = tokens_of(step, self.config.train.global_batch_size, self.config.model.sequence_length)
             micro = batch.split(self.resolved.micro_batch_size)[self.launch.rank :: self.resolved.data_parallel]
             total = torch.zeros(())
+            for layer in self.engine.model.moe_layers:
+                layer.counters.reset()
             for tokens in micro:
                 loss = self.engine(tokens).mean()
                 self.engine.backward(loss, len(micro))
                 total += loss.detach() / len(micro)
             self.engine.set_learning_rate(self.config.optimizer.learning_rate)
             self.engine.step()
+            if self.controller is not None:
+                self.controller.update(step)
             dist.all_reduce(total)
             outcome.losses.append(float(total) / self.resolved.data_parallel)
             outcome.norms.append(self.engine.gradient_norm())
         model = self.engine.model
         outcome.weights = gathered(model, dict(model.named_parameters()))
+        outcome.biases = biases_of(model)
         return outcome
 
     def save(self, root: Path, step: int, keep_last: int | None = None) -> Path:

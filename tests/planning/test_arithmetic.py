@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adamoe_dist.config import config_from_dict, resolve
-from adamoe_dist.planning import count_parameters, expected_load, flops_per_token, rank_memory
+from adamoe_dist.planning import count_parameters, describe_run, expected_load, flops_per_token, rank_memory
 from tests.distributed.cases import BASE, merged
 
 VOCAB = 128
@@ -72,3 +72,10 @@ def test_memory_of_a_rank_by_stage_and_layout() -> None:
     second = config_from_dict(merged(BASE, {"zero": {"stage": 2}}))
     assert rank_memory(second, two_ranks, counted, "fp32").gradients == 4 * (counted.dense / 2 + counted.expert / 2)
     assert rank_memory(config, two_ranks, counted, "bf16").weights == 2 * local
+
+
+def test_a_target_load_is_what_is_planned_with() -> None:
+    config = config_from_dict(merged(BASE, {"moe": {"router": {"target_load": 1.25}}}))
+    lines = "\n".join(describe_run(config, resolve(config, 1), VOCAB, "fp32"))
+    assert "1.25 true experts a token held (moe.router.target_load)" in lines
+    assert f"{count_parameters(config, VOCAB).active(1.25):,} active a token at that load" in lines
