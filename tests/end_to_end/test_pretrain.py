@@ -137,7 +137,7 @@ def test_one_process_gives_the_same_training(workspace, unbroken) -> None:
         ),
         workspace,
     )
-    sent = {"learning_rate", "step", "tokens_seen", *(field for field in FIELDS if field.startswith("dispatch_"))}
+    sent = {"learning_rate", "step", "tokens_seen", *(field for field in METRICS if field.startswith("dispatch_"))}
     alone, pair = metrics_of(workspace / "runs" / "one"), metrics_of(unbroken[0])
     for mine, theirs in zip(alone[:3], pair[:3], strict=True):
         for name in set(mine) - sent:
