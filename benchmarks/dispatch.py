@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a rank")
     parser.add_argument("--hidden", type=int, default=256, help="H")
     parser.add_argument("--expert-hidden", type=int, default=512, help="inner width of an expert")
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of a variant and the baseline")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of a variant and the baseline")
     options = parser.parse_args(argv)
     with ranks() as launch:
         for num_experts in options.experts:

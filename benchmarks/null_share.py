@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model-top-k", type=int, nargs="*", default=[8, 4, 2], help="k of the whole model's gains")
     parser.add_argument("--sequence", type=int, default=128, help="tokens a sequence of the whole model")
     parser.add_argument("--vocabulary", type=int, default=512, help="vocabulary of the whole model")
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each point")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each point")
     options = parser.parse_args(argv)
     if not all(0 <= share < 1 for share in options.shares):
         raise UserError(f"--shares {options.shares} must be at least 0 and below 1")

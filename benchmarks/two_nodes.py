@@ -108,7 +108,7 @@ def train(nodes: TwoNodes, variant: str, rate: str, folder: Path, options: Any) 
     processes = []
     for node in (0, 1):
         with logs[node].open("w") as output:
-            environment = _environment(node) | {"EXCHANGE_TIMES": str(times[node])}
+            environment = _environment(node) | {"EXCHANGE_TIMES": str(times[node]), "TMPDIR": str(folder)}
             processes.append(nodes.start(node, [*command, str(folder / "config.yaml")], environment, output))
     _wait(processes, logs, options.timeout)
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
