@@ -86,11 +86,11 @@ def balance_loss(
 @torch.no_grad()
 def selected_counts(selection: Selection, padding_mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Real tokens that selected each expert (A,), and all real tokens (0-d), int64 on the selection's device."""
-    selected_TA = selection.selected_TA
-    if padding_mask_T is None:
-        return selected_TA.sum(dim=0), selected_TA.any(dim=1).sum()
-    real_T = ~padding_mask_T
-    return (selected_TA & real_T.unsqueeze(1)).sum(dim=0), real_T.sum()
+    selected_TA, real_T = selection.selected_TA, selection.real_T
+    if padding_mask_T is not None:
+        real_T = real_T & ~padding_mask_T
+        selected_TA = selected_TA & real_T.unsqueeze(1)
+    return selected_TA.sum(dim=0), real_T.sum()
 
 
 def balanced_loads(

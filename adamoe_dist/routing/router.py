@@ -98,13 +98,14 @@ class AdaMoERouter(Router):
     def gating(self, input: Tensor) -> Tensor:
         """Return fp32 scores (T, A) of token vectors (..., H): the true experts' columns first."""
         tokens_TH = input.reshape(-1, input.shape[-1]).to(torch.float32)
-        true_TE = F.linear(tokens_TH, self.weight.to(torch.float32))
         if self.null_weight is None:
-            return true_TE
-        null_TN = F.linear(tokens_TH, self.null_weight.to(torch.float32))
-        if null_TN.shape[1] != self.moe.num_null_experts:
-            null_TN = expand_shared(null_TN, self.moe.num_null_experts)
-        return torch.cat([true_TE, null_TN], dim=1)
+            return F.linear(tokens_TH, self.weight.to(torch.float32))
+        rows = torch.cat([self.weight, self.null_weight]).to(torch.float32)
+        scores_TR = F.linear(tokens_TH, rows)  # one product over all rows reads the tokens once
+        if self.null_weight.shape[0] == self.moe.num_null_experts:
+            return scores_TR
+        true_TE, shared_T1 = scores_TR.split([self.moe.num_experts, 1], dim=1)
+        return torch.cat([true_TE, expand_shared(shared_T1, self.moe.num_null_experts)], dim=1)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return combine weights and map over the true experts, each (T, E), with the losses attached."""

@@ -30,12 +30,14 @@ class Selection:
         selected_TA: Bool, the slots of real tokens over true and null experts; all false for padding.
         top_indices_TK: int64, the columns chosen, best first; those of padding tokens mean nothing.
         null_probs_TW: Weights of the null experts that have an output, 0 where not selected; (T, 0) without.
+        real_T: Bool, false for padding.
     """
 
     probs_TE: Tensor
     selected_TA: Tensor
     top_indices_TK: Tensor
     null_probs_TW: Tensor
+    real_T: Tensor
 
     @property
     def num_true(self) -> int:
@@ -128,6 +130,7 @@ def select(
         selected_TA=_selected(logits_TA, top_indices_TK, padding_mask_T),
         top_indices_TK=top_indices_TK,
         null_probs_TW=probs_TA[:, first_with_output:],
+        real_T=logits_TA.new_ones(logits_TA.shape[0], dtype=torch.bool) if padding_mask_T is None else ~padding_mask_T,
     )
 
 
@@ -136,8 +139,8 @@ def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
     """Columns of the k highest scores of each row, best first; among equals the lowest column wins.
 
     `torch.topk` promises nothing about equals. Here fp32 scores become int64 keys, of which no two in a row are
-    equal: the score's bits in an order-preserving form above, the column, reversed, below. That costs half of
-    what a stable sort does (docs/design.md); fp64 scores, which leave no room for a column, are sorted.
+    equal: the score's bits in an order-preserving form above, the column, reversed, below. That costs no more
+    than `topk` of the scores (docs/design.md); fp64 scores, which leave no room for a column, are sorted.
     Negative and positive zero are equal; NaN has a place that depends on its bits alone.
 
     Args:
@@ -151,9 +154,9 @@ def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
     if scores_TA.dtype == torch.float64:
         return torch.sort(scores_TA, dim=1, descending=True, stable=True).indices[:, :top_k]
     bits_TA = scores_TA.view(torch.int32)
-    ordered_TA = torch.where(bits_TA < 0, bits_TA ^ 0x7FFFFFFF, bits_TA)
+    ordered_TA = bits_TA ^ ((bits_TA >> 31) & 0x7FFFFFFF)
     reversed_A = torch.arange(scores_TA.shape[1] - 1, -1, -1, device=scores_TA.device)
-    keys_TA = (ordered_TA.long() << 32) | reversed_A
+    keys_TA = ordered_TA.long().mul_(2**32).add_(reversed_A)
     return torch.topk(keys_TA, top_k, dim=1).indices
 
 

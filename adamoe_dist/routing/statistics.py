@@ -78,8 +78,8 @@ def routing_statistics(selection: Selection, padding_mask_T: Tensor | None = Non
     selected_TA = selection.selected_TA
     if padding_mask_T is not None:
         selected_TA = selected_TA & ~padding_mask_T.unsqueeze(1)
+    real_T = selection.real_T if padding_mask_T is None else selection.real_T & ~padding_mask_T
     true_TE = selected_TA[:, : selection.num_true]
-    real_T = selected_TA.any(dim=1)
     tokens_by_load_L = torch.zeros(top_k + 1, dtype=torch.int64, device=selected_TA.device)
     tokens_by_load_L.scatter_add_(0, true_TE.sum(dim=1), real_T.long())
     return RoutingStatistics(tokens_by_load_L, true_TE.sum(dim=0))
@@ -87,8 +87,11 @@ def routing_statistics(selection: Selection, padding_mask_T: Tensor | None = Non
 
 @torch.no_grad()
 def nonfinite_tokens(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
-    """Count the real tokens with a NaN or infinite logit, 0-d int64, without waiting for the device."""
-    bad_T = ~torch.isfinite(logits_TA).all(dim=1)
+    """Count the real tokens with a NaN or infinite logit, 0-d int64, without waiting for the device.
+
+    A sum is finite only if its terms are, and is cheaper than a test of each.
+    """
+    bad_T = ~torch.isfinite(logits_TA.sum(dim=1))
     if padding_mask_T is not None:
         bad_T = bad_T & ~padding_mask_T
     return bad_T.sum()
