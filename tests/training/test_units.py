@@ -107,6 +107,6 @@ def test_every_metric_of_the_interface_has_a_tensorboard_tag() -> None:
     promised = (
         "lm_loss balance_loss z_loss grad_norm learning_rate step_time_s tokens_per_second true_experts_per_token "
         "null_share all_null_share dispatch_rows dispatch_bytes dispatch_rows_undeduplicated expert_flops_saved "
-        "memory_peak_gib validation_loss validation_bits_per_byte"
+        "memory_peak_gib validation_loss validation_bits_per_byte target_load_error"
     )
     assert set(promised.split()) == set(TAGS)
