@@ -118,8 +118,8 @@ def score_unit(score_function: ScoreFunction, num_columns: int) -> float:
 def gain(rate: float, slope: Tensor, num_true: int, top_k: int) -> Tensor:
     """Return mu of a step, 0-d fp64: with a rate of 1 it would undo an error of the load at once.
 
-    How far a bias must go for a given load depends on the number of experts and the kind of score, and grows tenfold
-    and more while a router learns to tell tokens apart; so mu is measured, not set. An error e of the load is
+    How far a bias must go for a given load depends on the number of experts, the kind of score and how far the router
+    has learnt to tell tokens apart; so mu is measured, not set. An error e of the load is
     ``e / (K n)`` of the slots in each true expert on average, the bias moves by mu times that, and the load by
     `slope` times the bias: :func:`load_slope`.
     """

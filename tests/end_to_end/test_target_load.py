@@ -79,7 +79,7 @@ def test_the_load_settles_at_the_target_in_real_training(workspace) -> None:
                 one_process("--config", str(REPOSITORY / "configs/quickstart.yaml"), *SHRUNK, *data, *changes,
                             f"run.dir=runs/load_{name}"),
                 workspace,
-                280,
+                600,
                 {"OMP_NUM_THREADS": "1"},
             )
             for name, changes in runs.items()
