@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CACHE_BYTES = 2**19
+CACHE_BYTES = 2**20
 IMBALANCE = 1.15
 Task = Callable[[int], None]
 

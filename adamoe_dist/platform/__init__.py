@@ -1,5 +1,8 @@
 """CPU or CUDA: the only room that may ask, and what makes Megatron-core run without CUDA."""
 
+from adamoe_dist.platform import host  # first: it sets what torch's libraries read when they are loaded
+
+# isort: split
 from adamoe_dist.platform.deepspeed_cpu import without_compiled_collectives
 from adamoe_dist.platform.device import (
     communication_backend,
@@ -22,6 +25,7 @@ __all__ = [
     "compute_precision",
     "device",
     "device_name",
+    "host",
     "is_cuda",
     "limit_threads",
     "peak_memory_gib",

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import torch
 
+from adamoe_dist.platform.host import keep_memory
 from adamoe_dist.platform.megatron_cpu import install_stand_ins
 
 UNCONCERNED = (
@@ -31,8 +32,8 @@ def prepare() -> None:
     """Make this process ready for DeepSpeed and Megatron-core; call it before either is imported.
 
     With CUDA it only keeps quiet the libraries' notes on optional packages, which the start-up report covers. Without,
-    it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from being compiled, and installs the
-    stand-ins of :mod:`adamoe_dist.platform.megatron_cpu`.
+    it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from being compiled, installs the stand-ins
+    of :mod:`adamoe_dist.platform.megatron_cpu`, and keeps freed memory (:func:`adamoe_dist.platform.host.keep_memory`).
     """
     for unconcerned in UNCONCERNED:
         warnings.filterwarnings("ignore", message=unconcerned)
@@ -41,6 +42,7 @@ def prepare() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     install_stand_ins()
+    keep_memory()
 
 
 def device(local_rank: int = 0) -> torch.device:
