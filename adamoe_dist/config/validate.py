@@ -6,7 +6,7 @@ from typing import Any
 
 from adamoe_dist.config.load import refuse
 from adamoe_dist.config.tree import Config
-from adamoe_dist.config.validate_router import check_router
+from adamoe_dist.config.validate_router import check_router, check_target_load
 
 MICRO_BATCH_TOKENS = 16384
 
@@ -109,7 +109,7 @@ def _check_moe(config: Config, problems: list[str]) -> None:
         _check_baseline_router(config, problems)
     check_router(config, problems)
     _check_dispatcher(config, problems)
-    _check_target_load(config, problems)
+    check_target_load(config, problems)
     if balance.type == "none" and balance.final_coefficient is not None:
         problems.append(
             f"moe.router.balance.final_coefficient={balance.final_coefficient} does nothing with "
@@ -120,44 +120,6 @@ def _check_moe(config: Config, problems: list[str]) -> None:
             f"moe.router.balance.anneal_steps={balance.anneal_steps} does nothing without "
             "moe.router.balance.final_coefficient; set both or neither"
         )
-
-
-def _check_target_load(config: Config, problems: list[str]) -> None:
-    """A target at an end of the range would need a bias without bound: the range is open."""
-    moe, target = config.moe, config.moe.router.target_load
-    if target is None:
-        if moe.router.bias_decay_steps is not None:
-            problems.append(
-                f"moe.router.bias_decay_steps={moe.router.bias_decay_steps} does nothing without "
-                "moe.router.target_load; set both or neither"
-            )
-        return
-    name = f"moe.router.target_load={target:g}"
-    if moe.router.type == "topk":
-        problems.append(f"{name} needs moe.router.type=adamoe; Megatron's own router (topk) gives every token top_k")
-    elif moe.num_null_experts == 0:
-        problems.append(
-            f"{name} needs null experts, and moe.num_null_experts=0 gives every token moe.top_k={moe.top_k} true ones; "
-            "raise moe.num_null_experts or set moe.router.target_load=null"
-        )
-    else:
-        _check_target_range(config, target, problems)
-
-
-def _check_target_range(config: Config, target: float, problems: list[str]) -> None:
-    moe = config.moe
-    lowest, highest = max(moe.top_k - moe.num_null_experts, 0), min(moe.top_k, moe.num_experts)
-    if lowest < target < highest:
-        return
-    if target <= lowest:
-        way_out = "lower moe.top_k or raise moe.num_null_experts"
-    else:
-        way_out = "raise moe.top_k" if moe.top_k <= moe.num_experts else "raise moe.num_experts"
-    problems.append(
-        f"moe.router.target_load={target:g} is not between {lowest} and {highest} (both excluded), the loads that "
-        f"moe.top_k={moe.top_k}, moe.num_experts={moe.num_experts} and moe.num_null_experts={moe.num_null_experts} "
-        f"can give; change it, or {way_out}"
-    )
 
 
 def _check_baseline_router(config: Config, problems: list[str]) -> None:

@@ -164,6 +164,7 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ),
         ({"moe": {**TOPK, "dispatcher": {"type": "allgather"}}}, 1, "moe.dispatcher.type=allgather needs moe.router"),
         ({"moe": {**TOPK, "dispatcher": {"dtype": "bf16"}}}, 1, "moe.dispatcher.dtype=bf16 needs moe.router.type"),
+        ({"moe": {"router": {"bias_rate": 0.7}}}, 1, "moe.router.bias_rate=0.7 does nothing without"),
         ({"moe": {"router": {"bias_decay_steps": 5}}}, 1, "moe.router.bias_decay_steps=5 does nothing without"),
         (
             {

@@ -56,6 +56,9 @@ OPTIONS = {
     "null_types": {"null_types": {"identity": 2, "constant": 3}},
     "gating_residual": {"router": {"gating_residual": True}},
     "capacity": {"router": {"capacity_factor": 0.9}},
+    "sigmoid_target": {"router": {"score_function": "sigmoid", "target_load": 1.2}, "null_types": {"identity": 3}},
+    "allgather": {"dispatcher": {"type": "allgather"}, "shared_expert_hidden_size": 32},
+    "overlap": {"shared_expert_hidden_size": 32},
 }
 
 
@@ -72,6 +75,16 @@ def test_options_train_alike_on_two_ranks(ranks_of, name):
     for mixture in [weight for weight in single.gradients if weight.endswith("mixture_weight")]:
         exact = single.gradients.pop(mixture)
         assert all(apart(outcome.gradients.pop(mixture), exact, exact) < 1e-3 for outcome in outcomes)
+    assert_same_training(outcomes, single)
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_fixed_shapes_compute_what_the_capacity_leaves(ranks_of, policy):
+    """Padding to the capacity, on two ranks, against rows of any number in one process."""
+    capacity = {"router": {"capacity_factor": 0.9, "drop_policy": policy}}
+    fixed = merged(capacity, {"dispatcher": {"pad_to_capacity": True}})
+    single = ranks_of(1).run(train, with_micro_batch({"moe": capacity}, 1), STEPS, 1)[0]
+    outcomes = ranks_of(2).run(train, with_micro_batch({"moe": fixed}, 1), STEPS, 2)
     assert_same_training(outcomes, single)
 
 

@@ -1,5 +1,8 @@
 """The arithmetic of --dry-run against models that are really built."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
@@ -18,9 +21,11 @@ def groups():
     from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
 
     config = config_from_dict(BASE)
-    initialize_groups(Launch(0, 0, 1), resolve(config, 1))
-    yield
-    destroy_groups()
+    with mock.patch.dict(os.environ):
+        os.environ.pop("MASTER_PORT", None)
+        initialize_groups(Launch(0, 0, 1), resolve(config, 1))
+        yield
+        destroy_groups()
 
 
 @pytest.mark.parametrize(
