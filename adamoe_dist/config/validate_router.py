@@ -105,8 +105,8 @@ def check_target_load(config: Config, problems: list[str]) -> None:
             )
         if moe.router.bias_rate != RouterConfig.bias_rate:
             problems.append(
-                f"moe.router.bias_rate={moe.router.bias_rate:g} does nothing without moe.router.target_load; set both or "
-                "neither"
+                f"moe.router.bias_rate={moe.router.bias_rate:g} does nothing without moe.router.target_load; set both "
+                "or neither"
             )
         return
     name = f"moe.router.target_load={target:g}"
