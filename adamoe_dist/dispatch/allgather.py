@@ -6,7 +6,7 @@ from adamoe_dist.dispatch.base import CountingDispatcher
 from adamoe_dist.dispatch.counts import DispatchCount, pairs_per_rank
 from adamoe_dist.dispatch.exchange import AllGather, Meanwhile, ReduceScatter, exchange, gather
 from adamoe_dist.dispatch.plan import LocalPlan, pack_by_rank, packed_sizes, plan_locally
-from adamoe_dist.dispatch.rows import sum_rows
+from adamoe_dist.dispatch.rows import sum_rows, take_rows
 
 
 class AllGatherDispatcher(CountingDispatcher):
@@ -59,7 +59,7 @@ class AllGatherDispatcher(CountingDispatcher):
         self._gathered_tokens = hidden_states.shape[0]
         probs_SL = probs[:, first : first + self.num_local_experts]
         weights = probs_SL.reshape(-1).index_select(0, self._plan.pair_weight_P)
-        rows = hidden_states.index_select(0, self._plan.pair_token_P)
+        rows = take_rows(hidden_states, self._plan.pair_token_P)
         return rows, self._plan.tokens_per_expert_L, weights
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from adamoe_dist.dispatch.plan import (
     plan_receiving,
     plan_sending,
 )
-from adamoe_dist.dispatch.rows import sum_rows
+from adamoe_dist.dispatch.rows import sum_rows, take_rows
 
 
 class AllToAllDispatcher(CountingDispatcher):
@@ -61,7 +61,7 @@ class AllToAllDispatcher(CountingDispatcher):
         weights_P = probs.reshape(-1).index_select(0, self._send.pair_weight_P)
         metadata = outgoing_GTB[0].numel() * (self.ep_size - 1)
         self.last_count = self._count(self._row_bytes(hidden_TH), weights_P.element_size(), metadata)
-        return hidden_TH.index_select(0, self._row_token()), weights_P
+        return take_rows(hidden_TH, self._row_token()), weights_P
 
     def token_dispatch(
         self, hidden_states: Tensor, probs: Tensor, meanwhile: Meanwhile | None = None
@@ -74,7 +74,7 @@ class AllToAllDispatcher(CountingDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``(input (P, H), tokens_per_expert (L,), weights (P,))`` in expert order."""
-        rows = hidden_states.index_select(0, self._expert_source())
+        rows = take_rows(hidden_states, self._expert_source())
         weights = probs.index_select(0, self._receive.pair_position_P)
         return rows, self._receive.tokens_per_expert_L, weights
 

@@ -6,6 +6,7 @@ from adamoe_dist.dispatch.base import CountingDispatcher
 from adamoe_dist.dispatch.counts import DispatchCount
 from adamoe_dist.dispatch.exchange import Meanwhile
 from adamoe_dist.dispatch.plan import LocalPlan, pack_by_rank, packed_sizes, plan_locally
+from adamoe_dist.dispatch.rows import take_rows
 
 
 class LocalDispatcher(CountingDispatcher):
@@ -31,7 +32,7 @@ class LocalDispatcher(CountingDispatcher):
         self._plan = plan_locally(packed_GTB[0], self.num_local_experts, sizes)
         self.last_count = DispatchCount(rows_same_rank=sizes.rows_per_rank[0])
         weights = probs.reshape(-1).index_select(0, self._plan.pair_weight_P)
-        return hidden_TH.index_select(0, self._plan.pair_token_P), weights
+        return take_rows(hidden_TH, self._plan.pair_token_P), weights
 
     def token_dispatch(
         self, hidden_states: Tensor, probs: Tensor, meanwhile: Meanwhile | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from adamoe_dist.dispatch.base import CountingDispatcher, DispatcherSlot
 from adamoe_dist.dispatch.counts import DispatchCount, pairs_per_rank
 from adamoe_dist.dispatch.exchange import AllToAll, Meanwhile, exchange
-from adamoe_dist.dispatch.rows import sum_rows
+from adamoe_dist.dispatch.rows import sum_rows, take_rows
 
 
 class PaddedDispatcher(CountingDispatcher):
@@ -48,7 +48,7 @@ class PaddedDispatcher(CountingDispatcher):
         empty_X = self._token_X == tokens
         token_X = self._token_X.masked_fill(empty_X, 0)
         expert_X = torch.arange(experts, device=token_X.device).repeat_interleave(capacity, output_size=token_X.numel())
-        rows = hidden_TH.index_select(0, token_X).masked_fill(empty_X.unsqueeze(1), 0)
+        rows = take_rows(hidden_TH, token_X).masked_fill(empty_X.unsqueeze(1), 0)
         weights = probs.reshape(-1).index_select(0, token_X * experts + expert_X).masked_fill(empty_X, 0)
         self.last_count = self._count(routing_map, capacity, self._row_bytes(rows) + weights.element_size())
         return rows, weights
