@@ -11,7 +11,7 @@ from torch import Tensor
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.optimizer import build_optimizer, parameter_groups
-from adamoe_dist.parallel.wiring import checksum_experts, verify_marks, verify_wiring
+from adamoe_dist.parallel.wiring import WiringError, checksum_experts, verify_marks, verify_wiring
 
 
 class MegatronExpertEngine(DeepSpeedEngine):
@@ -91,7 +91,11 @@ class TrainingEngine:
         expert_counts = (num_experts,) if resolved.expert_parallel > 1 else ()
         self.deepspeed = _initialize(model, optimizer, settings, expert_counts)
         self.model = model
-        verify_wiring(self.deepspeed, model, resolved, before)
+        try:
+            verify_wiring(self.deepspeed, model, resolved, before)
+        except WiringError:
+            self.close()
+            raise
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Tensor:
         """Run the model's forward under DeepSpeed's hooks."""

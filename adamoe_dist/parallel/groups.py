@@ -10,6 +10,7 @@ import deepspeed.utils.groups as deepspeed_groups
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from adamoe_dist import platform
 from adamoe_dist.config import Resolved
@@ -128,6 +129,9 @@ def destroy_groups() -> None:
         deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
     ):
         table.clear()
+    for function in vars(RotaryEmbedding).values():  # Megatron caches by instance, and an instance holds groups
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
