@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
+import common  # noqa: F401  before torch: it sets what torch reads when it is loaded
 import torch
 import torch.distributed as dist
 from common import (

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401  before torch: it sets what torch reads when it is loaded
 import torch
 import torch.nn.functional as F
 from common import (

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import common  # noqa: F401  before torch: it sets what torch reads when it is loaded
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

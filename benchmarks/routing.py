@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import common  # noqa: F401  before torch: it sets what torch reads when it is loaded
 import torch
 from common import (
     BenchmarkParser,
