@@ -125,6 +125,8 @@ def signals_as_exits() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A shell starts background jobs with this one ignored.
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
