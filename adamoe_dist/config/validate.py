@@ -98,15 +98,13 @@ def _check_model(config: Config, problems: list[str]) -> None:
 
 
 def _check_moe(config: Config, problems: list[str]) -> None:
-    moe, router, balance = config.moe, config.moe.router, config.moe.router.balance
+    moe, balance = config.moe, config.moe.router.balance
     available = moe.num_experts + moe.num_null_experts
     if moe.top_k > available:
         problems.append(
             f"moe.top_k={moe.top_k} is more than the {available} experts there are (moe.num_experts="
             f"{moe.num_experts} + moe.num_null_experts={moe.num_null_experts}); lower it or add experts"
         )
-    if router.type == "topk":
-        _check_baseline_router(config, problems)
     check_router(config, problems)
     _check_dispatcher(config, problems)
     check_target_load(config, problems)
@@ -119,25 +117,6 @@ def _check_moe(config: Config, problems: list[str]) -> None:
         problems.append(
             f"moe.router.balance.anneal_steps={balance.anneal_steps} does nothing without "
             "moe.router.balance.final_coefficient; set both or neither"
-        )
-
-
-def _check_baseline_router(config: Config, problems: list[str]) -> None:
-    moe, router = config.moe, config.moe.router
-    if moe.num_null_experts:
-        problems.append(
-            f"moe.num_null_experts={moe.num_null_experts} needs moe.router.type=adamoe; Megatron's own router "
-            "(moe.router.type=topk) knows none: set it to 0"
-        )
-    if router.balance.type in ("null_averaged", "grouped"):
-        problems.append(
-            f"moe.router.balance.type={router.balance.type} is AdaMoE's loss; with moe.router.type=topk use switch or "
-            "none"
-        )
-    if router.normalize == "all_selected":
-        problems.append(
-            "moe.router.normalize=all_selected differs from true_experts only with null experts; with "
-            "moe.router.type=topk use true_experts or none"
         )
 
 

@@ -15,7 +15,22 @@ def check_router(config: Config, problems: list[str]) -> None:
 
 def _check_baseline(config: Config, problems: list[str]) -> None:
     """Megatron's own router has none of these, or means something else by them."""
-    router = config.moe.router
+    moe, router = config.moe, config.moe.router
+    if moe.num_null_experts:
+        problems.append(
+            f"moe.num_null_experts={moe.num_null_experts} needs moe.router.type=adamoe; Megatron's own router "
+            "(moe.router.type=topk) knows none: set it to 0"
+        )
+    if router.balance.type in ("null_averaged", "grouped"):
+        problems.append(
+            f"moe.router.balance.type={router.balance.type} is AdaMoE's loss; with moe.router.type=topk use switch or "
+            "none"
+        )
+    if router.normalize == "all_selected":
+        problems.append(
+            "moe.router.normalize=all_selected differs from true_experts only with null experts; with "
+            "moe.router.type=topk use true_experts or none"
+        )
     ours = {
         "score_function": router.score_function != "softmax",
         "capacity_factor": router.capacity_factor is not None,

@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from adamoe_dist.dispatch.rows import count_places
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -114,7 +116,7 @@ def plan_receiving(packed_GTB: Tensor, local_experts: int, sizes: Sizes) -> Rece
     return ReceivePlan(
         pair_row_P=row_S.index_select(0, pair_source_P.index_select(0, pair_position_P)),
         pair_position_P=pair_position_P,
-        tokens_per_expert_L=_count_experts(pair_expert_P, local_experts),
+        tokens_per_expert_L=count_places(pair_expert_P, local_experts),
     )
 
 
@@ -132,7 +134,7 @@ def plan_locally(packed_TB: Tensor, local_experts: int, sizes: Sizes) -> LocalPl
     return LocalPlan(
         pair_token_P=pair_token_P,
         pair_weight_P=pair_token_P * local_experts + pair_expert_P.index_select(0, order_P),
-        tokens_per_expert_L=_count_experts(pair_expert_P, local_experts),
+        tokens_per_expert_L=count_places(pair_expert_P, local_experts),
     )
 
 
@@ -177,10 +179,6 @@ def _needed(packed_GTB: Tensor) -> Tensor:
 def _true_places(mask: Tensor, count: int) -> Tensor:
     """Return the flat places (count,) where a mask is not zero, in order; ``count`` must be how many there are."""
     return torch.nonzero_static(mask, size=count).squeeze(1)
-
-
-def _count_experts(expert_P: Tensor, local_experts: int) -> Tensor:
-    return expert_P.new_zeros(local_experts).scatter_add(0, expert_P, torch.ones_like(expert_P))
 
 
 @cache

@@ -45,6 +45,11 @@ def sum_rows(rows_RH: Tensor, place_R: Tensor, size: int) -> Tensor:
     return cast(Tensor, _SumRows.apply(rows_RH, place_R, size))
 
 
+def count_places(place_R: Tensor, size: int) -> Tensor:
+    """Count how often each of ``size`` places occurs, without waiting for the device."""
+    return place_R.new_zeros(size).scatter_add(0, place_R, torch.ones_like(place_R))
+
+
 def _summed(rows_RH: Tensor, place_R: Tensor, size: int) -> Tensor:
     """Sum the rows of each place in their order, in fp32 or the rows' own precision if that is higher.
 
@@ -54,6 +59,6 @@ def _summed(rows_RH: Tensor, place_R: Tensor, size: int) -> Tensor:
     if rows_RH.shape[0] == 0:
         return rows_RH.new_zeros(size, rows_RH.shape[1])
     order_R = place_R.argsort(stable=True)
-    counts_S = place_R.new_zeros(size).scatter_add(0, place_R, torch.ones_like(place_R))
+    counts_S = count_places(place_R, size)
     starts_S = counts_S.cumsum(0) - counts_S
     return torch.embedding_bag(rows_RH.detach().contiguous(), order_R, starts_S, mode=0)[0]

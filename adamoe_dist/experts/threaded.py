@@ -19,7 +19,6 @@ from torch import Tensor
 
 CACHE_BYTES = 2**20
 IMBALANCE = 1.15
-Task = Callable[[int], None]
 
 
 def threaded_experts(rows_PH: Tensor, weight1: Tensor, weight2: Tensor, counts_L: Tensor, weights_P: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from adamoe_dist.routing.counters import RoutingCounters
 from adamoe_dist.routing.gating_residual import ScoreChain
 from adamoe_dist.routing.initialisation import expand_shared, initial_null_rows
 from adamoe_dist.routing.losses import BatchLoads, balance_loss, selected_counts, z_loss
-from adamoe_dist.routing.selection import Selection, biased_scores, select
+from adamoe_dist.routing.selection import Selection, select
 from adamoe_dist.routing.statistics import nonfinite_tokens, routing_statistics
 from adamoe_dist.routing.target_load import margin_counts, margins
 
@@ -35,7 +35,6 @@ class AdaMoERouter(Router):
     weights normalised over the true experts the language-model loss gives null scores no gradient at all: the null
     share is steered by the balance loss, and where ``moe.router.target_load`` is set by ``expert_bias`` (E,): fp32,
     added to the true experts' scores for selection only, in training and evaluation.
-
 
     Losses are attached and everything is counted where gradients are recorded, hence once under activation recompute,
     whose first forward pass records none.
@@ -178,8 +177,8 @@ class AdaMoERouter(Router):
         if self.moe.router.capacity_factor is not None:
             self.counters.add_dropped(selection.routing_map_TE.sum() - kept_TE.sum())
         if self.expert_bias is not None:
-            scores_TA = biased_scores(logits_TA, self.moe.router.score_function, self.expert_bias)
-            self.counters.add_margins(margin_counts(margins(scores_TA, selection.selected_TA, selection.num_true)))
+            margins_T = margins(selection.ranking_TA, selection.selected_TA, selection.num_true)
+            self.counters.add_margins(margin_counts(margins_T))
 
     def _attach_losses(
         self, probs_TE: Tensor, logits_TA: Tensor, selection: Selection, mask_T: Tensor | None

@@ -31,6 +31,7 @@ class Selection:
         top_indices_TK: int64, the columns chosen, best first; those of padding tokens mean nothing.
         null_probs_TW: Weights of the null experts that have an output, 0 where not selected; (T, 0) without.
         real_T: Bool, false for padding.
+        ranking_TA: What the columns were chosen by: scores or logits, with the bias if there is one.
     """
 
     probs_TE: Tensor
@@ -38,6 +39,7 @@ class Selection:
     top_indices_TK: Tensor
     null_probs_TW: Tensor
     real_T: Tensor
+    ranking_TA: Tensor
 
     @property
     def num_true(self) -> int:
@@ -131,6 +133,7 @@ def select(
         top_indices_TK=top_indices_TK,
         null_probs_TW=probs_TA[:, first_with_output:],
         real_T=logits_TA.new_ones(logits_TA.shape[0], dtype=torch.bool) if padding_mask_T is None else ~padding_mask_T,
+        ranking_TA=ranking_TA,
     )
 
 
