@@ -1,12 +1,23 @@
 """Groups of ranks and the DeepSpeed engine over Megatron's experts."""
 
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
-from adamoe_dist.parallel.groups import Launch, check_port, destroy_groups, expert_group_name, initialize_groups
+from adamoe_dist.parallel.groups import (
+    Launch,
+    check_port,
+    data_parallel_rank,
+    destroy_groups,
+    expert_group_name,
+    initialize_groups,
+    replicas_group,
+    stage_group,
+)
 from adamoe_dist.parallel.optimizer import apex_problem, build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.pipeline import Schedule
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
     "Launch",
+    "Schedule",
     "TrainingEngine",
     "WiringError",
     "apex_problem",
@@ -14,11 +25,14 @@ __all__ = [
     "check_port",
     "checksum_experts",
     "choose_implementation",
+    "data_parallel_rank",
     "deepspeed_config",
     "destroy_groups",
     "expert_group_name",
     "experts_of",
     "initialize_groups",
     "parameter_groups",
+    "replicas_group",
+    "stage_group",
     "verify_wiring",
 ]

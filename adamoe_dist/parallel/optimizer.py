@@ -8,11 +8,12 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from adamoe_dist.config import Config
 from adamoe_dist.errors import UserError
+from adamoe_dist.model import is_tied_copy
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return groups by weight decay (matrices have it, vectors not) and, with expert parallelism, by expert or not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and not is_tied_copy(p)]
     groups = [
         {
             "name": "matrices",
