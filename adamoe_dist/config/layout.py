@@ -118,9 +118,9 @@ def _expert_degree(config: Config, world_size: int, problems: list[str]) -> int:
         )
     if available % parallel.expert:
         problems.append(
-            f"parallel.expert={parallel.expert} does not divide the {available} ranks that a pipeline stage has for "
-            f"it (world size {world_size} / parallel.pipeline={parallel.pipeline} / parallel.expert_tensor="
-            f"{parallel.expert_tensor}); start more ranks or set parallel.expert=auto"
+            f"parallel.expert={parallel.expert} does not divide the world size {world_size} / parallel.pipeline="
+            f"{parallel.pipeline} / parallel.expert_tensor={parallel.expert_tensor} = {available}; start more ranks or "
+            "set parallel.expert=auto"
         )
         return 1
     return parallel.expert

@@ -32,7 +32,7 @@ from adamoe_dist.model.moe_layer import AdaMoELayer
 from adamoe_dist.routing import chain_routers
 
 
-class SeededLayer(TransformerLayer):  # type: ignore[misc]
+class SeededLayer(TransformerLayer):
     """Megatron's layer with initial weights that depend on the seed and the layer's number only.
 
     A pipeline stage does not draw what the stages before it draw.

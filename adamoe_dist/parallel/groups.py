@@ -165,8 +165,8 @@ def _free_port() -> int:
 class MegatronTopology:
     """Megatron's groups under the names that DeepSpeed asks an ``mpu`` for.
 
-    DeepSpeed's data-parallel ranks are all that hold the same dense weights: Megatron's data- and context-parallel ones.
-    It averages gradients over them; a context-parallel rank's loss is the mean over its own part of the sequences.
+    DeepSpeed's data-parallel ranks are all that hold the same dense weights: Megatron's data- and context-parallel
+    ones. It averages gradients over them; a context-parallel rank's loss is the mean over its part of the sequences.
     """
 
     def get_data_parallel_world_size(self) -> int:

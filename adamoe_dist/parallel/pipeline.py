@@ -74,7 +74,7 @@ class Schedule:
         return total
 
     def losses(self, tokens: Tensor) -> Tensor | None:
-        """Return what the model's forward gives for tokens (B, S + 1), on the last stage; None elsewhere. Collective."""
+        """Return the last stage's losses of tokens (B, S + 1) there, without gradients; None elsewhere. Collective."""
         batch, length = tokens.shape
         return self._through_stages(self._model, tokens, self._model.hidden_shape(batch, length - 1))
 

@@ -222,7 +222,7 @@ class AdaMoERouter(Router):
 
     @torch.no_grad()
     def _z_tokens(self, tokens: int, mask_T: Tensor | None) -> Tensor | int | None:
-        """Real tokens of the micro-batch over the ranks that average its gradients, or None: this rank's. Collective."""
+        """Real tokens of the micro-batch over the ranks that average its losses, or None: this rank's. Collective."""
         if self.tp_cp_group.size() == 1:
             return None
         if mask_T is None:

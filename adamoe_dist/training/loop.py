@@ -151,8 +151,9 @@ class Trainer:
         """Name the first layer that went wrong; the layers above it only inherit that."""
         for number, tokens in enumerate(bad_tokens, 1):
             if tokens:
+                layer = number * self.config.moe.layer_frequency
                 self._stop(
-                    f"the router of layer {number * self.config.moe.layer_frequency} gives NaN or infinite scores for {tokens:.0f} tokens of "
+                    f"the router of layer {layer} gives NaN or infinite scores for {tokens:.0f} tokens of "
                     f"step {self.step + 1}",
                     first_sample,
                 )

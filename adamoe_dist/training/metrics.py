@@ -44,8 +44,8 @@ def expert_biases(trainer: Trainer) -> list[list[float]]:
     """Return the smallest and the largest selection bias of each MoE layer. Collective."""
     biases = [layer.router.expert_bias for layer in trainer.model.moe_layers]
     mine = torch.stack([torch.stack([bias_E.min(), bias_E.max()]) for bias_E in biases]).double()
-    total = over_stages(trainer, mine) / trainer.resolved.layout.stage_ranks
-    return total.tolist()  # type: ignore[no-any-return]
+    total: list[list[float]] = (over_stages(trainer, mine) / trainer.resolved.layout.stage_ranks).tolist()
+    return total
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -55,10 +55,6 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ({"parallel": {"expert": 3}}, 3, "parallel.expert=3 does not divide moe.num_experts=8"),
         ({"parallel": {"expert": 2}}, 1, "parallel.expert=2 does not divide the world size 1"),
         ({"parallel": {"expert": 4}}, 6, "does not divide the world size 6"),
-        ({"parallel": {"tensor": 2}}, 2, "parallel.tensor=2 is not supported"),
-        ({"parallel": {"pipeline": 2}}, 2, "parallel.pipeline=2 is not supported"),
-        ({"parallel": {"context": 2}}, 2, "parallel.context=2 is not supported"),
-        ({"parallel": {"expert_tensor": 2}}, 2, "parallel.expert_tensor=2 is not supported"),
         ({"train": {"global_batch_size": 9}}, 2, "train.global_batch_size=9 does not divide over 2"),
         ({"train": {"global_batch_size": 1}}, 2, "train.global_batch_size=1 does not divide over 2"),
         (

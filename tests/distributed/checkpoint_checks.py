@@ -16,7 +16,7 @@ from tests.distributed.cases import BASE, VOCAB, Outcome, biases_of, gathered, m
 class Layout:
     """How a run is cut."""
 
-    expert_parallel: int = 1
+    expert_parallel: int | str = 1
     stage: int = 1
     precision: str = "fp32"
     optimizer: str = "adamw"
@@ -38,7 +38,7 @@ class Run:
         from adamoe_dist import platform
         from adamoe_dist.config import config_from_dict, resolve
         from adamoe_dist.model import build_model
-        from adamoe_dist.parallel import Launch, TrainingEngine, initialize_groups
+        from adamoe_dist.parallel import Launch, Schedule, TrainingEngine, initialize_groups
         from adamoe_dist.training.load_control import load_controller
 
         self.launch = Launch.from_environment()
@@ -50,29 +50,28 @@ class Run:
         changed_seed = merged(layout.tree(), {"run": {"seed": seed}})
         model = build_model(config_from_dict(changed_seed), self.resolved, VOCAB, dtype, cuda=False).model
         self.engine = TrainingEngine(model, self.config, self.resolved, dtype, self.config.moe.num_experts)
+        self.schedule = Schedule(self.engine, model, dtype, torch.device("cpu"))
         self.controller = load_controller(self.config, model)
         self.layout = {"world_size": self.launch.world_size, "expert": layout.expert_parallel, "zero": layout.stage}
 
     def advance(self, steps: range) -> Outcome:
         import torch.distributed as dist
 
+        from adamoe_dist.parallel import data_parallel_rank
+
         outcome = Outcome()
         for step in steps:
             batch = tokens_of(step, self.config.train.global_batch_size, self.config.model.sequence_length)
-            micro = batch.split(self.resolved.micro_batch_size)[self.launch.rank :: self.resolved.data_parallel]
-            total = torch.zeros(())
+            micro = batch.split(self.resolved.micro_batch_size)[data_parallel_rank() :: self.resolved.data_parallel]
             for layer in self.engine.model.moe_layers:
                 layer.counters.reset()
-            for tokens in micro:
-                loss = self.engine(tokens).mean()
-                self.engine.backward(loss, len(micro))
-                total += loss.detach() / len(micro)
+            total = self.schedule.run(micro)
             self.engine.set_learning_rate(self.config.optimizer.learning_rate)
             self.engine.step()
             if self.controller is not None:
                 self.controller.update(step)
             dist.all_reduce(total)
-            outcome.losses.append(float(total) / self.resolved.data_parallel)
+            outcome.losses.append(float(total) / self.resolved.layout.replicas / self.resolved.layout.tensor)
             outcome.norms.append(self.engine.gradient_norm())
         model = self.engine.model
         outcome.weights = gathered(model, dict(model.named_parameters()))

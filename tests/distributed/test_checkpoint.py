@@ -10,7 +10,7 @@ import torch
 from adamoe_dist.checkpoint import find_checkpoint, read_manifest, verify_files
 from adamoe_dist.errors import UserError
 from tests.distributed import checkpoint_checks as checks
-from tests.distributed.cases import Outcome
+from tests.distributed.cases import Outcome, merged
 from tests.distributed.checkpoint_checks import Layout
 from tests.distributed.harness import Ranks
 
@@ -81,6 +81,27 @@ def test_layout_may_change(one: Ranks, two: Ranks, tmp_path: Path) -> None:
         assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
     assert_same_bits(expected, back_from_dense)
     assert_same_bits(expected, back_from_one)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_degree_may_change(one: Ranks, two: Ranks, tmp_path: Path, tied: bool) -> None:
+    """From one process to tensor, pipeline and context ranks and on from each; back with the same bits."""
+    changes = {
+        "model": {"tie_embeddings": tied, "num_layers": 4},
+        "moe": {"shared_expert_hidden_size": 16},
+        "train": {"micro_batch_size": 1},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    alone = Layout(changes=changes)
+    expected = one.run(checks.train_and_save, alone, tmp_path / "one", 2, 2)[0]
+    source = tmp_path / "one" / "iter_0000002"
+    for degree in ("tensor", "pipeline", "context"):
+        cut = Layout("auto", stage=2, changes=merged(changes, {"parallel": {degree: 2}}))
+        outcome = two.run(checks.resume, cut, source, 2, tmp_path / degree)[0][0]
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-6), degree
+        assert outcome.norms == pytest.approx(expected.norms, rel=1e-5), degree
+        again = one.run(checks.resume, alone, tmp_path / degree / "iter_0000002", 2)[0][0]
+        assert_same_bits(expected, again)
 
 
 def test_failure_of_one_rank_leaves_the_last_checkpoint(two: Ranks, tmp_path: Path) -> None:

@@ -13,12 +13,6 @@ from tests.distributed.cases import BASE, VOCAB, merged, tokens_of
 pytestmark = pytest.mark.distributed
 
 
-def unmarked(model: torch.nn.Module) -> None:
-    for parameter in model.parameters():
-        if getattr(parameter, "is_expert", False):
-            parameter.allreduce = True
-
-
 @contextlib.contextmanager
 def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterator[None]:
     """Break one thing of the wiring while the engine is built."""
@@ -29,11 +23,18 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
 
     name = f"ep_size_{expert_parallel}"
     original_groups, original_initialize = engine_module.parameter_groups, engine_module._initialize
-    if kind == "unmarked":
-        unmarked(model)
-    elif kind == "one unmarked":
-        next(p for n, p in reversed(list(model.named_parameters())) if "weight2" in n).allreduce = True
-    elif kind == "data group for experts":
+    original_mark = engine_module.mark_experts
+
+    def mark_all_but(kept: int) -> Any:
+        def mark(model: torch.nn.Module, layout: Any) -> None:
+            original_mark(model, layout)
+            experts = [p for p in model.parameters() if getattr(p, "is_expert", False)]
+            for parameter in experts[kept:]:
+                parameter.allreduce = True
+
+        return mock.patch.object(engine_module, "mark_experts", mark)
+
+    if kind == "data group for experts":
         tables._EXPERT_DATA_PARALLEL_GROUP[name] = parallel_state.get_data_parallel_group()
     elif kind == "swapped groups":
         tables._EXPERT_DATA_PARALLEL_GROUP[name] = parallel_state.get_expert_model_parallel_group()
@@ -48,6 +49,8 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
         return original_initialize(model, optimizer, settings, ())
 
     with contextlib.ExitStack() as stack:
+        if kind in ("unmarked", "one unmarked"):
+            stack.enter_context(mark_all_but(0 if kind == "unmarked" else -1))
         if kind == "missing parameter":
             stack.enter_context(mock.patch.object(engine_module, "parameter_groups", without_one))
         if kind == "no experts":
@@ -122,7 +125,7 @@ def balance_gradients(micro_batches: int) -> dict[str, torch.Tensor]:
         tokens = tokens_of(0, 2, config.model.sequence_length)
         for _ in range(micro_batches):
             engine.backward(engine(tokens).mean() * 0.0, micro_batches)
-        result = capture.reduced(resolved)
+        result = capture.reduced(resolved.layout)
         engine.step()
         result["norm"] = torch.tensor(engine.gradient_norm())
         engine.close()
