@@ -94,7 +94,7 @@ def parts_of(model: torch.nn.Module) -> dict[str, Part]:
             continue
         assert parameter.requires_grad, f"{local_name} is not trained: a checkpoint would lose it"
         name = canonical_name(local_name, offset)
-        parts[name] = _part(name, parameter)
+        parts[name] = part_of(name, parameter)
     return parts
 
 
@@ -127,7 +127,8 @@ def _layer_offset(model: torch.nn.Module) -> int:
     return min((m.layer_number for m in model.modules() if isinstance(m, TransformerLayer)), default=1) - 1
 
 
-def _part(name: str, parameter: torch.nn.Parameter) -> Part:
+def part_of(name: str, parameter: torch.nn.Parameter) -> Part:
+    """Return this rank's part of the whole weight ``name``, which ``parameter`` holds."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     cuts = _expert_cuts(parameter) if getattr(parameter, "is_expert", False) else _dense_cuts(parameter)
     cuts = [cut for cut in cuts if cut.ranks > 1]

@@ -86,6 +86,29 @@ def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[st
     return result
 
 
+def require_equal_replicas(model: torch.nn.Module) -> None:
+    """Ranks that hold the same part of a weight hold the same bits."""
+    import hashlib
+
+    import torch.distributed as dist
+
+    from adamoe_dist.model import is_tied_copy, part_of, parts_of
+
+    parts = list(parts_of(model).values())
+    copies = [parameter for parameter in model.parameters() if is_tied_copy(parameter)]
+    parts += [part_of("embedding.word_embeddings.weight", parameter) for parameter in copies]
+    held = {
+        (part.name, str(part.pieces)): hashlib.sha256(part.parameter.detach().float().numpy().tobytes()).hexdigest()
+        for part in parts
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, held)
+    first: dict[Any, str] = {}
+    for rank, other in enumerate(everyone):
+        for part, digest in other.items():
+            assert first.setdefault(part, digest) == digest, f"rank {rank} has other bits of {part}"
+
+
 def train(
     changes: dict[str, Any],
     steps: int,
@@ -150,6 +173,7 @@ def train(
             outcome.balance_losses.append(mean_balance_loss(built.model, layout.tensor))
             if controller is not None:
                 controller.update(step)
+        require_equal_replicas(built.model)
         outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
         outcome.biases = biases_of(built.model)
         engine.close()
