@@ -24,11 +24,13 @@ class Variant:
 def layer_in(layout: Layout, variant: Variant, nodes: tuple[int, ...] = ()) -> Any:
     """A layer whose weights are slices of the same full ones in every layout."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from adamoe_dist import platform
     from adamoe_dist.model import AdaMoELayer, transformer_config
 
     platform.seed_everything(3, deterministic=False)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
     changes = {"moe": variant.moe, "model": {"init_std": 0.3}, "parallel": {"expert": layout.expert}}
     config, resolved = config_of(changes, layout.expert)
     megatron = transformer_config(config, resolved, torch.float32, "sequential", nodes)
@@ -84,15 +86,18 @@ class Sent:
 
         all_to_all, all_gather = dist.all_to_all_single, dist.all_gather_into_tensor
 
-        def exchanged(output: Any, source: Any, receive: Any = None, send: Any = None, group: Any = None, **kw: Any):
-            sizes = [source.shape[0] // group.size()] * group.size() if send is None else list(send)
-            self._add(source, sum(sizes) - sizes[group.rank()])
-            return all_to_all(output, source, receive, send, group=group, **kw)
+        def exchanged(
+            output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **keywords: Any
+        ) -> Any:
+            group, sizes = keywords["group"], input_split_sizes
+            sizes = [input.shape[0] // group.size()] * group.size() if sizes is None else list(sizes)
+            self._add(input, int(sum(sizes) - sizes[group.rank()]))
+            return all_to_all(output, input, output_split_sizes, input_split_sizes, **keywords)
 
-        def gathered(output: Any, source: Any, group: Any = None, **kw: Any):
-            if source.dtype == torch.uint8:
-                self._add(source, source.shape[0] * (group.size() - 1))
-            return all_gather(output, source, group=group, **kw)
+        def gathered(output: Any, input: Any, **keywords: Any) -> Any:
+            if input.dtype == torch.uint8:
+                self._add(input, input.shape[0] * (keywords["group"].size() - 1))
+            return all_gather(output, input, **keywords)
 
         self.patch = mock.patch.multiple(dist, all_to_all_single=exchanged, all_gather_into_tensor=gathered)
         self.patch.start()

@@ -26,10 +26,9 @@ from tests.model.layers import PLAIN, hidden_states
 pytestmark = pytest.mark.distributed
 
 SHARED = {"shared_expert_hidden_size": SHARED_WIDTH}
-QUIET = {"router": {"z_loss_coefficient": 0.0, "balance": {"type": "none"}}}
 NULLS = {"null_types": {"identity": 2, "constant": 2}}
 VARIANTS = {
-    name: Variant(merged(QUIET, moe), gate)
+    name: Variant(moe, gate)
     for name, moe, gate in [
         ("deduplicated", {}, False),
         ("row a pair", {"dispatcher": {"deduplicate": False}}, False),
@@ -63,7 +62,9 @@ def computed(ranks_of) -> Computed:
 
     def get(layout: Layout) -> Any:
         if layout not in results:
+            results[layout] = None  # once only, also where it fails
             results[layout] = ranks_of(layout.ranks).run(run_variants, layout, VARIANTS, NODES[layout.ranks])
+        assert results[layout] is not None, f"{layout} did not run"
         return results[layout]
 
     return get
@@ -106,24 +107,32 @@ def over_ranks(layout: Layout, name: str, gradients: list[torch.Tensor], rank: i
     return torch.stack(gradients).sum(dim=0)
 
 
+def assert_equal(ours: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+def assert_near(ours: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    """Rounding to bf16 changes a number by up to 0.4 %."""
+    error = float((ours - wanted).norm() / wanted.norm())
+    assert error < 0.02, f"{name}: off by {error} of its norm"
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_values_and_gradients_are_those_of_one_process(computed, alone, layout, variant):
     results = [result[variant] for result in computed(layout)]
     wanted = alone(layout.ranks)[variant]
-    close = {"rtol": 2e-2, "atol": 5e-2} if variant == "rows in bf16" else {"rtol": 1e-4, "atol": 2e-5}
+    compare = assert_near if variant == "rows in bf16" else assert_equal
     overlapping = variant in ("shared", "shared, gate")
     for rank, result in enumerate(results):
         assert result["overlaps"] == overlapping
         for name in ("output", "input"):
-            torch.testing.assert_close(result[name], wanted["passes"][rank][name], **close)
+            compare(result[name], wanted["passes"][rank][name], name)
         assert result["gradients"].keys() == wanted["gradients"].keys()
         for name, full in wanted["gradients"].items():
             assert float(full.abs().max()) > 1e-3, f"{name} shows nothing"
             everyones = [other["gradients"][name] for other in results]
-            got = over_ranks(layout, name, everyones, rank)
-            expected = held(layout, rank, name, full)
-            torch.testing.assert_close(got, expected, **close, msg=lambda text, name=name: f"{name}: {text}")
+            compare(over_ranks(layout, name, everyones, rank), held(layout, rank, name, full), name)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.tensor > 1], ids=str)
@@ -207,17 +216,17 @@ def test_initial_weights_do_not_depend_on_how_experts_are_cut(ranks_of, layout):
 
 def watched(layout: Layout) -> tuple[list[str], list[str], list[str]]:
     """The order of exchanges and shared expert, and what was read on the host, forward and backward."""
+    from adamoe_dist.experts import KERNELS
+
     open_groups(layout)
     try:
         rank = torch.distributed.get_rank()
-        layer, events = layer_in(layout, Variant(merged(QUIET, SHARED))), Events()
+        layer, events = layer_in(layout, Variant(SHARED)), Events()
         with events.watch(layer):
             output = layer(hidden_states(rank).requires_grad_())[0]
             events.seen.append("backward")
             output.sum().backward()
-        layer = layer_in(layout, Variant(merged(QUIET, {"experts": {"kernel": "grouped_mm"}})))
-        from adamoe_dist.experts import KERNELS
-
+        layer = layer_in(layout, Variant())
         layer.experts.kernel = KERNELS["grouped_mm"]
         layer(hidden_states(rank))
         forward, backward = HostReads(), HostReads()
