@@ -162,6 +162,13 @@ def _check_dispatcher(config: Config, problems: list[str]) -> None:
         problems.append("moe.dispatcher.pad_to_capacity=true needs moe.router.type=adamoe; set it to false")
     if padded and kind != "alltoall":
         problems.append(f"moe.dispatcher.pad_to_capacity=true needs type=alltoall, not {kind}; change one of them")
+    cut = config.parallel.expert_tensor
+    if cut > 1 and (kind != "alltoall" or padded):
+        chosen = "pad_to_capacity=true" if padded else f"type={kind}"
+        problems.append(
+            f"parallel.expert_tensor={cut} cuts experts, whose rows moe.dispatcher.{chosen} does not gather; set "
+            f"parallel.expert_tensor=1 or moe.dispatcher.{'pad_to_capacity=false' if padded else 'type=alltoall'}"
+        )
     if padded and config.moe.router.capacity_factor is None:
         problems.append(
             "moe.dispatcher.pad_to_capacity=true needs moe.router.capacity_factor, from which the rows of an expert "

@@ -22,7 +22,7 @@ class DispatcherSlot:
         num_local_experts: L, true experts of this rank.
         config: Megatron's configuration.
         pg_collection: Megatron's process groups; the expert-parallel one carries the rows.
-        nodes: The node of each rank of that group; empty: all on one.
+        nodes: The node of each rank of that group, expert-tensor ranks next to each other; empty: all on one.
         row_dtype: The rows' type on the way; None: as the model computes.
     """
 
@@ -36,19 +36,24 @@ class DispatcherSlot:
 class CountingDispatcher(MoETokenDispatcher):
     """A dispatcher in which a null slot costs nothing, and which counts what each forward dispatch sends.
 
-    All ranks of the expert-parallel group must dispatch the same number of tokens.
+    All ranks that share the experts must dispatch the same number of tokens: those of the expert-parallel and of the
+    expert-tensor group. Each has tokens of its own, also where they share one sequence.
     """
 
     overlaps = True
     """Whether :meth:`token_dispatch` can do other work while rows travel."""
+    cuts_experts = False
+    """Whether an expert may be cut over an expert-tensor group."""
 
     def __init__(self, slot: DispatcherSlot) -> None:
         """Take a slot of one MoE layer."""
         super().__init__(config=slot.config, pg_collection=slot.pg_collection)
-        assert self.tp_size == 1, f"expert tensor parallelism {self.tp_size} is not supported by this dispatcher"
+        assert self.tp_size == 1 or self.cuts_experts, (
+            f"expert tensor parallelism {self.tp_size} is not supported by {type(self).__name__}"
+        )
         self.num_local_experts = slot.num_local_experts
         self.row_dtype = slot.row_dtype
-        self.placement = Placement(torch.distributed.get_rank(self.ep_group), self.ep_size, slot.nodes)
+        self.placement = Placement.in_groups(slot.pg_collection, slot.nodes)
         self.last_count = DispatchCount()
 
     def token_dispatch(

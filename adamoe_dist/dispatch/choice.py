@@ -23,14 +23,18 @@ def make_dispatcher(
     nodes: Sequence[int] = (),
     capacity: Callable[[int], int] | None = None,
 ) -> CountingDispatcher:
-    """Make the dispatcher of one MoE layer. With one expert-parallel rank nothing travels, whatever the type.
+    """Make the dispatcher of one MoE layer.
+
+    Where one rank has all experts whole nothing travels, whatever the type. Where the experts are cut over an
+    expert-tensor group it is the all-to-all, also with one expert-parallel rank.
 
     Args:
         dispatcher: the section ``moe.dispatcher``.
         num_local_experts: L, true experts of this rank.
         config: Megatron's configuration.
         pg_collection: Megatron's process groups.
-        nodes: the node of each rank of the expert-parallel group; empty: all on one.
+        nodes: the node of each rank of the expert-parallel group, expert-tensor ranks next to each other; empty: all
+            on one.
         capacity: C for a number of tokens, for ``pad_to_capacity``.
 
     Raises:
@@ -43,7 +47,7 @@ def make_dispatcher(
     if dispatcher.pad_to_capacity:
         assert capacity is not None, "moe.dispatcher.pad_to_capacity needs a capacity"
         return PaddedDispatcher(slot, capacity)
-    if pg_collection.ep.size() == 1:
+    if pg_collection.ep.size() == pg_collection.expt_tp.size() == 1:
         return LocalDispatcher(slot)
     if dispatcher.type == "flex":
         return FlexDispatcher(slot)

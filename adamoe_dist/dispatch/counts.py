@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 Count = int | Tensor
@@ -14,11 +15,14 @@ SAME_RANK, SAME_NODE, OTHER_NODE = range(3)
 
 @dataclass(frozen=True)
 class DispatchCount:
-    """What one forward dispatch of one layer sent from this rank.
+    """What one forward dispatch of one layer sends for this rank's tokens.
+
+    Where experts are cut over an expert-tensor group, the rank that a row is sent to copies it to the others of its
+    group; these copies count for the rank whose token it is. The sums over all ranks are then what was sent.
 
     Attributes:
         rows_same_rank: Hidden vectors for this rank's own experts.
-        rows_same_node: Hidden vectors sent to other ranks of this node.
+        rows_same_node: Hidden vectors sent to other ranks of the sender's node.
         rows_other_node: Hidden vectors sent to other nodes.
         rows_undeduplicated: Hidden vectors to other ranks that one row per (token, true expert) would have been.
         bytes: To other ranks: the rows, their combine weights and the routing bits.
@@ -37,40 +41,67 @@ class DispatchCount:
 
 
 class Placement:
-    """Where the ranks of an expert-parallel group are, seen from one of them."""
+    """Where the ranks that share a layer's experts are, seen from one of them."""
 
-    def __init__(self, here: int, ranks: int, nodes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, here: int, ranks: int, nodes: Sequence[int] = (), tensor_here: int = 0, tensor_ranks: int = 1
+    ) -> None:
         """Place the ranks.
 
         Args:
-            here: this rank in the group.
-            ranks: G, the size of the group.
-            nodes: the node of each rank; empty: all on one.
+            here: this rank in the expert-parallel group.
+            ranks: G, the size of that group.
+            nodes: the node of each rank (G x X,), expert-tensor ranks next to each other; empty: all on one.
+            tensor_here: this rank in the expert-tensor group.
+            tensor_ranks: X, the size of that group.
         """
-        assert not nodes or len(nodes) == ranks, f"{len(nodes)} nodes given for {ranks} ranks"
+        total = ranks * tensor_ranks
+        assert not nodes or len(nodes) == total, (
+            f"{len(nodes)} nodes given for {ranks} expert-parallel x {tensor_ranks} expert-tensor ranks"
+        )
         self.here = here
-        self.distances = [
-            SAME_RANK if rank == here else SAME_NODE if not nodes or nodes[rank] == nodes[here] else OTHER_NODE
-            for rank in range(ranks)
-        ]
-        self._distance_G: Tensor | None = None
+        where = list(nodes) or [0] * total
+        self.hops_DG = [[0] * ranks for _ in (SAME_RANK, SAME_NODE, OTHER_NODE)]
+        """How often a row for rank g goes each distance D: to g, and from there to the rest of its tensor group."""
+        for rank in range(ranks):
+            landing = rank * tensor_ranks + tensor_here
+            first = SAME_RANK if rank == here else _distance(where, here * tensor_ranks + tensor_here, landing)
+            self.hops_DG[first][rank] += 1
+            for copy in range(rank * tensor_ranks, (rank + 1) * tensor_ranks):
+                if copy != landing:
+                    self.hops_DG[_distance(where, landing, copy)][rank] += 1
+        self._hops_on_device: Tensor | None = None
+
+    @classmethod
+    def in_groups(cls, groups: ProcessGroupCollection, nodes: Sequence[int] = ()) -> "Placement":
+        """Place this rank in Megatron's groups."""
+        return cls(groups.ep.rank(), groups.ep.size(), nodes, groups.expt_tp.rank(), groups.expt_tp.size())
+
+    @property
+    def ranks(self) -> int:
+        """G, the size of the expert-parallel group."""
+        return len(self.hops_DG[0])
 
     def by_distance(self, per_rank_G: Sequence[int] | Tensor) -> tuple[Count, Count, Count]:
         """Sum what each rank is sent into (same rank, same node, other node); a tensor's sums stay on its device."""
         if isinstance(per_rank_G, Tensor):
-            if self._distance_G is None or self._distance_G.device != per_rank_G.device:
-                self._distance_G = torch.tensor(self.distances, device=per_rank_G.device)
-            same_rank, same_node, other_node = per_rank_G.new_zeros(3).index_add(0, self._distance_G, per_rank_G)
+            if self._hops_on_device is None or self._hops_on_device.device != per_rank_G.device:
+                self._hops_on_device = torch.tensor(self.hops_DG, device=per_rank_G.device)
+            same_rank, same_node, other_node = (self._hops_on_device * per_rank_G).sum(dim=1)
             return same_rank, same_node, other_node
-        sums = [0, 0, 0]
-        for distance, count in zip(self.distances, per_rank_G, strict=True):
-            sums[distance] += count
-        return sums[0], sums[1], sums[2]
+        same_rank, same_node, other_node = (
+            sum(hops * count for hops, count in zip(hops_G, per_rank_G, strict=True)) for hops_G in self.hops_DG
+        )
+        return same_rank, same_node, other_node
 
     def remote(self, per_rank_G: Sequence[int] | Tensor) -> Count:
-        """Sum what the other ranks are sent."""
+        """Sum what is sent to other ranks."""
         _, same_node, other_node = self.by_distance(per_rank_G)
         return same_node + other_node
+
+
+def _distance(nodes: Sequence[int], source: int, destination: int) -> int:
+    return SAME_NODE if nodes[source] == nodes[destination] else OTHER_NODE
 
 
 def pairs_per_rank(routing_map_TE: Tensor, ranks: int) -> Tensor:

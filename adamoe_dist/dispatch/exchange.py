@@ -1,4 +1,4 @@
-"""Differentiable collectives of the expert-parallel group, each in two halves so that work can be done in between."""
+"""Differentiable collectives of the experts' groups, each in two halves so that work can be done in between."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,22 @@ Meanwhile = Callable[[], None]
 """Work to do while rows travel."""
 
 
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any:
+        """Return once its buffer is filled, or on CUDA once the stream will wait for that."""
+        ...
+
+
 class Transport(Protocol):
     """A collective and the one that its gradient takes. Each starts, and returns the buffer that it fills."""
 
-    def send(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
+    def send(self, rows: Tensor) -> tuple[Tensor, Pending]:
         """Start the way there."""
         ...
 
-    def send_back(self, gradient: Tensor) -> tuple[Tensor, dist.Work]:
+    def send_back(self, gradient: Tensor) -> tuple[Tensor, Pending]:
         """Start the way back."""
         ...
 
@@ -87,10 +95,10 @@ class _Flight:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.work: dist.Work | None = None
+        self.work: Pending | None = None
         self.tensors: tuple[Tensor, Tensor] | None = None
 
-    def start(self, launch: Callable[[Tensor], tuple[Tensor, dist.Work]], source: Tensor) -> Tensor:
+    def start(self, launch: Callable[[Tensor], tuple[Tensor, Pending]], source: Tensor) -> Tensor:
         assert self.work is None, "a collective was started before the last one was waited for"
         source = source.contiguous()
         arriving, self.work = launch(source)

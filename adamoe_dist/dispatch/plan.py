@@ -82,6 +82,15 @@ def packed_sizes(*packed_GTB: Tensor) -> list[Sizes]:
     return [Sizes(*count) for count in counts]
 
 
+def joined(*sizes: Sizes) -> Sizes:
+    """Return the sizes of packed bits that are joined along their first axis."""
+    return Sizes(
+        [count for each in sizes for count in each.rows_per_rank],
+        [count for each in sizes for count in each.pairs_per_rank],
+        [count for each in sizes for count in each.bytes_per_rank],
+    )
+
+
 def plan_sending(packed_GTB: Tensor, local_experts: int, sizes: Sizes) -> SendPlan:
     """Plan the rows and pairs that leave this rank.
 

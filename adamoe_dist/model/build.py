@@ -157,9 +157,10 @@ def build_model(
         vocab_size: the tokenizer's vocabulary.
         dtype: the compute dtype.
         cuda: whether it will run on CUDA.
-        expert_nodes: the node of each rank of the expert-parallel group, for the counts; empty: all on one.
+        expert_nodes: the node of each rank of the expert-parallel group, expert-tensor ranks next to each other, for
+            the counts; empty: all on one.
     """
-    widths = (config.model.hidden_size, config.moe.expert_hidden_size)
+    widths = (config.model.hidden_size, config.moe.expert_hidden_size // config.parallel.expert_tensor)
     kernel, reason = choose_kernel(config.moe.experts.kernel, dtype, cuda, widths)
     megatron = transformer_config(config, resolved, dtype, kernel, expert_nodes)
     if cuda:

@@ -14,7 +14,8 @@ class AdaMoETransformerConfig(TransformerConfig):
     """Megatron's configuration with what the AdaMoE layers need besides.
 
     ``moe`` is the tree's own section, ``experts_kernel`` the kernel that was chosen, ``seed`` the seed of the experts'
-    initial weights, ``expert_nodes`` the node of each rank of the expert-parallel group (empty: all on one).
+    initial weights, ``expert_nodes`` the node of each rank of the expert-parallel group, expert-tensor ranks next to
+    each other (empty: all on one).
     """
 
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -66,7 +66,7 @@ class AdaMoELayer(MoELayer):
         self.counters = counters
         self.null_experts = _null_experts(config)
         self._null_output: Tensor | None = None
-        self._placement = Placement(groups.ep.rank(), groups.ep.size(), config.expert_nodes)
+        self._placement = Placement.in_groups(groups, config.expert_nodes)
         if not self.is_baseline:
             self.token_dispatcher = make_dispatcher(
                 config.moe.dispatcher,
@@ -178,8 +178,8 @@ def _null_experts(config: AdaMoETransformerConfig) -> NullExperts | None:
 
 
 def _baseline_count(routing_map_TE: Tensor, placement: Placement, row_bytes: int) -> DispatchCount:
-    """Count what Megatron's all-to-all sends: a row and a weight for each (token, expert)."""
-    rows_G = pairs_per_rank(routing_map_TE, len(placement.distances))
+    """Count what Megatron's all-to-all, and its gathering of cut experts' rows, send: a row and a weight a pair."""
+    rows_G = pairs_per_rank(routing_map_TE, placement.ranks)
     remote = placement.remote(rows_G)
     return DispatchCount(*placement.by_distance(rows_G), rows_undeduplicated=remote, bytes=remote * row_bytes)
 

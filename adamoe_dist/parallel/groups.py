@@ -71,7 +71,7 @@ def initialize_groups(launch: Launch, resolved: Resolved) -> tuple[int, ...]:
         resolved: the degrees.
 
     Returns:
-        The node of each rank of this process's expert-parallel group.
+        The node of each rank of this process's expert-parallel group, expert-tensor ranks next to each other.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -99,8 +99,8 @@ def initialize_groups(launch: Launch, resolved: Resolved) -> tuple[int, ...]:
 
 
 def _expert_nodes(node: int, device: torch.device) -> tuple[int, ...]:
-    """Gather the nodes of the expert-parallel group's ranks. Collective."""
-    group = parallel_state.get_expert_model_parallel_group()
+    """Gather the nodes of all ranks that share a layer's experts, expert-tensor ranks innermost. Collective."""
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
     nodes_G = torch.empty(group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(nodes_G, torch.tensor([node], device=device), group=group)
     return tuple(nodes_G.tolist())

@@ -89,7 +89,8 @@ def _adapt_moe_modules() -> None:
     """Let Megatron's stock router and dispatcher, the baseline, run on CPU.
 
     Megatron-core 0.16's router names a Transformer Engine kernel that it imports only where that is installed, and the
-    dispatchers turn split sizes into what a collective accepts only when they come from a CUDA tensor.
+    dispatchers turn split sizes into what a collective accepts only when they come from a CUDA tensor. Where experts
+    are cut over ranks, rows are gathered and sums are scattered in uneven parts, which NCCL does and gloo does not.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -97,9 +98,36 @@ def _adapt_moe_modules() -> None:
         moe_utils.te_general_gemm = None
 
     def as_host_value(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_host_value
+    token_dispatcher.gather_from_sequence_parallel_region = _gather_uneven
+    token_dispatcher.reduce_scatter_to_sequence_parallel_region = _reduce_scatter_uneven
+
+
+def _gather_uneven(input_: torch.Tensor, *arguments: Any, output_split_sizes: Any = None, **keywords: Any) -> Any:
+    """Megatron's function of this name less ``_uneven``, over an all-to-all where the parts are uneven."""
+    from megatron.core.tensor_parallel import mappings
+
+    if output_split_sizes is None:
+        return mappings.gather_from_sequence_parallel_region(input_, *arguments, **keywords)
+    ranks = len(output_split_sizes)
+    copies = input_.unsqueeze(0).expand(ranks, *input_.shape).flatten(0, 1)
+    return mappings.all_to_all(keywords["group"], copies, output_split_sizes, [input_.shape[0]] * ranks)
+
+
+def _reduce_scatter_uneven(
+    input_: torch.Tensor, *arguments: Any, input_split_sizes: Any = None, **keywords: Any
+) -> Any:
+    """Megatron's function of this name less ``_uneven``, over an all-to-all where the parts are uneven."""
+    from megatron.core.tensor_parallel import mappings
+
+    if input_split_sizes is None:
+        return mappings.reduce_scatter_to_sequence_parallel_region(input_, *arguments, **keywords)
+    group, ranks = keywords["group"], len(input_split_sizes)
+    mine = input_split_sizes[group.rank()]
+    parts = mappings.all_to_all(group, input_, [mine] * ranks, input_split_sizes)
+    return parts.view(ranks, mine, *input_.shape[1:]).sum(dim=0)
 
 
 def _adapt_tensor_parallelism() -> None:

@@ -16,7 +16,7 @@ def expert_capacity(tokens: int, capacity_factor: float, expected_load: float, n
     """Tokens of one rank that a true expert takes at most: `ceil(factor * T * load / n)`, no more than T.
 
     Args:
-        tokens: Tokens of the rank's micro-batch T, padding included.
+        tokens: Tokens of the rank's micro-batch T, padding included. Where ranks share sequences: of its part of them.
         capacity_factor: Multiple of an expert's share at balance.
         expected_load: True experts per token at balance.
         num_true: Number of true experts n.

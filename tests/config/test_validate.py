@@ -24,6 +24,23 @@ def refusal(config: Config, world_size: int = 1) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("dispatcher", "chosen", "way_out"),
+    [
+        ({"type": "allgather"}, "type=allgather", "type=alltoall"),
+        ({"type": "flex"}, "type=flex", "type=alltoall"),
+        ({"pad_to_capacity": True}, "pad_to_capacity=true", "pad_to_capacity=false"),
+    ],
+)
+def test_experts_are_cut_for_the_all_to_all_only(dispatcher: dict, chosen: str, way_out: str) -> None:
+    moe = {"dispatcher": dispatcher, "router": {"capacity_factor": 1.0}}
+    message = refusal(tree(moe=moe, parallel={"expert_tensor": 2}), 2)
+    assert f"parallel.expert_tensor=2 cuts experts, whose rows moe.dispatcher.{chosen} does not gather" in message
+    assert f"set parallel.expert_tensor=1 or moe.dispatcher.{way_out}" in message
+    assert "cuts experts" not in refusal(tree(moe={**moe, "top_k": 17}), 1)
+    assert "cuts experts" not in refusal(tree(moe={"top_k": 17}, parallel={"expert_tensor": 2}), 2)
+
+
 def test_arithmetic_of_a_good_tree() -> None:
     config = tree(train={"global_batch_size": 48, "micro_batch_size": 3}, parallel={"expert": 4})
     resolved = resolve(config, 8)

@@ -25,10 +25,21 @@ class Example:
     unused: int
     """So many experts that no token wants."""
     dispatcher: str
+    expert_tensor: int = 1
+    """So many ranks next to each other share each expert's matrices."""
 
     @property
     def experts(self) -> int:
-        return self.ranks * self.experts_per_rank
+        return self.ranks // self.expert_tensor * self.experts_per_rank
+
+    def held(self, first: torch.Tensor, second: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all experts' (E, 2F, H) and (E, H, F), or their gradients, what one rank holds."""
+        place, part = divmod(rank, self.expert_tensor)
+        mine = range(place * self.experts_per_rank, (place + 1) * self.experts_per_rank)
+        width = INNER // self.expert_tensor
+        inner = list(range(part * width, (part + 1) * width))
+        gate_and_up = inner + [INNER + index for index in inner]
+        return first[mine][:, gate_and_up], second[mine][:, :, inner]
 
 
 @dataclass
@@ -76,10 +87,11 @@ def dense(example: Example, maps: list[torch.Tensor], probs: list[torch.Tensor])
         loss = loss + (output * batch.cotangent).sum()
         outputs.append(output.detach()), hidden.append(tokens), weights.append(chances)
     loss.backward()
+    held = [example.held(first.grad, second.grad, rank) for rank in range(example.ranks)]
     return {
         "output": outputs,
         "hidden": [tensor.grad for tensor in hidden],
         "probs": [tensor.grad for tensor in weights],
-        "first": list(first.grad.chunk(example.ranks)),
-        "second": list(second.grad.chunk(example.ranks)),
+        "first": [mine for mine, _ in held],
+        "second": [mine for _, mine in held],
     }

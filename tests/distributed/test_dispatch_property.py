@@ -1,4 +1,7 @@
-"""Routing, dispatch, experts and combine on 1, 2 and 4 ranks against the dense float64 loop, whatever the routing."""
+"""Routing, dispatch, experts and combine on 1, 2 and 4 ranks against the dense float64 loop, whatever the routing.
+
+The experts are spread over the ranks, or their matrices are cut, or both.
+"""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.distributed.cases import BASE, merged
 from tests.distributed.dense import HIDDEN, INNER, Example, batch_of, dense, weights_of
 from tests.distributed.harness import Ranks
+from tests.distributed.layouts import Layout, close_groups, open_groups
 
 pytestmark = pytest.mark.distributed
 
@@ -21,23 +24,15 @@ DISPATCHERS = {
     "allgather": {"type": "allgather"},
     "padded": {"pad_to_capacity": True},
 }
-EXAMPLES = {1: 30, 2: 100, 4: 30}
-
-
-def open_groups() -> None:
-    """Groups in which all of this process's ranks share the experts."""
-    from adamoe_dist.config import config_from_dict, resolve
-    from adamoe_dist.parallel import Launch, initialize_groups
-
-    launch = Launch.from_environment()
-    changes = {"moe": {"num_experts": launch.world_size}, "parallel": {"expert": launch.world_size}}
-    initialize_groups(launch, resolve(config_from_dict(merged(BASE, changes)), launch.world_size))
-
-
-def close_groups() -> None:
-    from adamoe_dist.parallel import destroy_groups
-
-    destroy_groups()
+CUTTING = ["deduplicated", "row a pair"]
+EXAMPLES = {
+    Layout(): 30,
+    Layout(expert=2): 100,
+    Layout(expert=4): 30,
+    Layout(expert_tensor=2): 40,
+    Layout(expert_tensor=4): 15,
+    Layout(expert=2, expert_tensor=2): 30,
+}
 
 
 def compute(example: Example) -> dict[str, torch.Tensor]:
@@ -51,7 +46,8 @@ def compute(example: Example) -> dict[str, torch.Tensor]:
     from adamoe_dist.routing import select
 
     groups = get_default_pg_collection()
-    rank, local = groups.ep.rank(), example.experts_per_rank
+    rank, local = torch.distributed.get_rank(), example.experts_per_rank
+    assert rank == groups.ep.rank() * example.expert_tensor + groups.expt_tp.rank()
     keys = config_from_dict({"moe": {"dispatcher": DISPATCHERS[example.dispatcher]}}).moe.dispatcher
     megatron = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1)
     dispatcher = make_dispatcher(keys, local, megatron, groups, capacity=lambda tokens: tokens + 1)
@@ -60,8 +56,10 @@ def compute(example: Example) -> dict[str, torch.Tensor]:
     )
     experts = GroupedExperts(local, widths, groups)
     with torch.no_grad():
-        for mine, everyone in zip((experts.weight1, experts.weight2), weights_of(example), strict=True):
-            mine.copy_(everyone[rank * local : (rank + 1) * local])
+        for mine, held in zip(
+            (experts.weight1, experts.weight2), example.held(*weights_of(example), rank), strict=True
+        ):
+            mine.copy_(held)
     batch = batch_of(example, rank)
     selection = select(batch.logits, example.experts, example.top_k, "true_experts")
     hidden, probs = batch.hidden.requires_grad_(), selection.probs_TE.detach().requires_grad_()
@@ -85,45 +83,47 @@ def compute(example: Example) -> dict[str, torch.Tensor]:
 class Opened:
     """Ranks with groups; opened again where a failed example killed them."""
 
-    def __init__(self, ranks_of: Callable[[int], Ranks], world: int) -> None:
-        self.ranks_of, self.world = ranks_of, world
+    def __init__(self, ranks_of: Callable[[int], Ranks], layout: Layout) -> None:
+        self.ranks_of, self.layout = ranks_of, layout
         self.ranks: Ranks | None = None
 
     def run(self, example: Example) -> list[Any]:
-        ranks = self.ranks_of(self.world)
+        ranks = self.ranks_of(self.layout.ranks)
         if ranks is not self.ranks:
-            ranks.run(open_groups)
+            ranks.run(open_groups, self.layout)
             self.ranks = ranks
         return ranks.run(compute, example, timeout_s=60)
 
     def close(self) -> None:
-        if self.ranks is self.ranks_of(self.world):
+        if self.ranks is self.ranks_of(self.layout.ranks):
             self.ranks.run(close_groups)
 
 
 @st.composite
-def examples(draw: Any, ranks: int) -> Example:
-    local, null = draw(st.integers(1, 9 if ranks == 1 else 4)), draw(st.integers(0, 9))
+def examples(draw: Any, layout: Layout) -> Example:
+    local, null = draw(st.integers(1, 9 if layout.expert == 1 else 4)), draw(st.integers(0, 9))
+    kinds = sorted(DISPATCHERS) if layout.expert_tensor == 1 else CUTTING
     return Example(
-        ranks=ranks,
+        ranks=layout.ranks,
         experts_per_rank=local,
         null_experts=null,
-        top_k=draw(st.integers(1, min(ranks * local + null, 6))),
+        top_k=draw(st.integers(1, min(layout.expert * local + null, 6))),
         tokens=draw(st.integers(0, 9)),
         seed=draw(st.integers(0, 2**16)),
         grid=draw(st.sampled_from([1, 2, 1000])),
-        all_null=draw(st.integers(0, 2**ranks - 1)) if draw(st.booleans()) else 0,
+        all_null=draw(st.integers(0, 2**layout.ranks - 1)) if draw(st.booleans()) else 0,
         unused=draw(st.integers(0, 3)),
-        dispatcher=draw(st.sampled_from(sorted(DISPATCHERS))),
+        dispatcher=draw(st.sampled_from(kinds)),
+        expert_tensor=layout.expert_tensor,
     )
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_routing_gives_the_dense_loops_values_and_gradients(ranks_of, world):
-    opened = Opened(ranks_of, world)
+@pytest.mark.parametrize("layout", EXAMPLES, ids=str)
+def test_any_routing_gives_the_dense_loops_values_and_gradients(ranks_of, layout):
+    opened = Opened(ranks_of, layout)
 
-    @settings(max_examples=EXAMPLES[world], deadline=None, suppress_health_check=list(HealthCheck))
-    @given(examples(world))
+    @settings(max_examples=EXAMPLES[layout], deadline=None, suppress_health_check=list(HealthCheck))
+    @given(examples(layout))
     def check(example: Example) -> None:
         results = opened.run(example)
         wanted = dense(example, [result["map"] for result in results], [result["weights"] for result in results])
