@@ -2,23 +2,34 @@
 
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
 from adamoe_dist.parallel.groups import Launch, check_port, destroy_groups, expert_group_name, initialize_groups
-from adamoe_dist.parallel.optimizer import apex_problem, build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.optimizer import (
+    apex_problem,
+    build_optimizer,
+    choose_implementation,
+    cpu_adam_problem,
+    is_trained,
+    parameter_groups,
+)
+from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
     "Launch",
     "TrainingEngine",
+    "UnshardedOptimizer",
     "WiringError",
     "apex_problem",
     "build_optimizer",
     "check_port",
     "checksum_experts",
     "choose_implementation",
+    "cpu_adam_problem",
     "deepspeed_config",
     "destroy_groups",
     "expert_group_name",
     "experts_of",
     "initialize_groups",
+    "is_trained",
     "parameter_groups",
     "verify_wiring",
 ]

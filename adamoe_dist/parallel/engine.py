@@ -1,23 +1,25 @@
-"""DeepSpeed's engine over Megatron's experts: ZeRO-1 and ZeRO-2, accumulation, clipping."""
+"""DeepSpeed's engine over Megatron's experts: ZeRO stages 0 to 3, accumulation, loss scales, clipping."""
 
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from adamoe_dist.config import Config, Resolved
-from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
-from adamoe_dist.parallel.optimizer import build_optimizer, parameter_groups
+from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name, experts_are_apart
+from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, verify_marks, verify_wiring
 
 
 class MegatronExpertEngine(DeepSpeedEngine):
     """A DeepSpeed engine that knows that its module has experts, though none is DeepSpeed's own MoE layer.
 
-    Without this ZeRO would average experts over ranks that hold different ones.
+    Without this ZeRO would average experts over ranks that hold different ones. Stage 0 has this project's optimizer.
     """
 
     expert_counts: tuple[int, ...] = ()
@@ -26,6 +28,27 @@ class MegatronExpertEngine(DeepSpeedEngine):
         self.has_moe_layers = bool(self.expert_counts)
         self.num_experts = list(self.expert_counts)
         super()._configure_distributed_model(model)
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        if self.zero_optimization():
+            super()._configure_optimizer(client_optimizer, model_parameters)
+            return
+        self.basic_optimizer = client_optimizer
+        dtype, arguments = self.get_data_types()[0], self.dynamic_loss_scale_args()
+        scaler = CreateLossScaler(dtype, self.loss_scale(), self.dynamic_loss_scale(), arguments)
+        self.optimizer = UnshardedOptimizer(client_optimizer, scaler, self.gradient_clipping())
+
+    def clip_fp32_gradients(self) -> None:
+        """Do nothing: the optimizer of stage 0 clips, by the exact norm."""
+
+    def backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """Run the backward pass of a scaled loss; DeepSpeed scales for its own optimizers only."""
+        if isinstance(self.optimizer, UnshardedOptimizer):
+            loss = loss * self.optimizer.loss_scale
+        return super().backward(loss, *arguments, **keywords)
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """Accept: experts carry the marks by which stage 3 shards DeepSpeed's own, and ``verify_wiring`` checks."""
 
 
 def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
@@ -36,7 +59,9 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
     optimizers has no SGD; ZeRO shards any element-wise update correctly.
     """
     extra = dict(config.zero.deepspeed)
-    zero = {"stage": config.zero.stage, "reduce_scatter": True, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": config.zero.stage, "reduce_scatter": True, "contiguous_gradients": True}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero.update(extra.pop("zero_optimization", {}))
     return {
         "train_batch_size": resolved.micro_batch_size * resolved.data_parallel,
@@ -45,20 +70,27 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.train.gradient_clipping,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         **extra,
     }
 
 
 def mark_experts(model: torch.nn.Module, expert_parallel: int) -> None:
-    """Tell DeepSpeed which group reduces each expert; without expert parallelism experts are dense weights."""
+    """Tell DeepSpeed which group reduces each expert; where experts are not apart they are dense weights."""
+    if not experts_are_apart():
+        return
+    name = expert_group_name(expert_parallel)
     for parameter in model.parameters():
-        if getattr(parameter, "is_expert", False) and expert_parallel > 1:
-            parameter.group_name = expert_group_name(expert_parallel)  # type: ignore[attr-defined]
+        if getattr(parameter, "is_expert", False):
+            marks = {"group_name": name, "ds_zero_placement_family": "autoep_expert"}
+            for mark, value in {**marks, "ds_zero_partition_group_name": name}.items():
+                setattr(parameter, mark, value)
 
 
 class TrainingEngine:
@@ -86,13 +118,17 @@ class TrainingEngine:
         mark_experts(model, resolved.expert_parallel)
         verify_marks(model, resolved.expert_parallel)
         before = checksum_experts(model)
-        optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay))
+        implementation, _ = choose_implementation(config)
+        optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay), implementation)
         settings = deepspeed_config(config, resolved, dtype)
-        expert_counts = (num_experts,) if resolved.expert_parallel > 1 else ()
+        expert_counts = (num_experts,) if experts_are_apart() else ()
         self.deepspeed = _initialize(model, optimizer, settings, expert_counts)
         self.model = model
+        self.is_scaled = dtype == torch.float16
+        if self.is_scaled:
+            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
         try:
-            verify_wiring(self.deepspeed, model, resolved, before)
+            verify_wiring(self.deepspeed, model, before)
         except WiringError:
             self.close()
             raise
@@ -112,12 +148,53 @@ class TrainingEngine:
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """Add the gradient of one of ``micro_batches`` micro-batches of this rank."""
-        scale = torch.tensor(1.0 / micro_batches, device=loss.device)
-        MoEAuxLossAutoScaler.set_loss_scale(scale)
-        self.deepspeed.backward(loss / micro_batches)
+        self._set_auxiliary_scale(micro_batches, loss.device)
+        self._backward(loss / micro_batches)
+
+    def backward_from(self, output: Tensor, gradient: Tensor, micro_batches: int) -> None:
+        """Add the gradient that arrives at ``output``, which is no loss, from elsewhere.
+
+        Args:
+            output: what the model computed, of any shape.
+            gradient: with respect to it, of its shape; divided by the micro-batches and scaled already, it is taken as
+                it is.
+            micro_batches: of this step; the attached auxiliary losses are divided by it.
+        """
+        self._set_auxiliary_scale(micro_batches, output.device)
+        seeded: Tensor = _Seeded.apply(output, gradient)
+        self._backward(seeded)
+
+    def _backward(self, scalar: Tensor) -> None:
+        """Run one backward pass.
+
+        DeepSpeed closes a micro-batch's accounts when the next forward begins. A schedule may run two backward passes
+        in a row; without the call below stages 1 to 3 lose gradients of the second, without a message.
+        """
+        clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
+        if clear is not None:
+            clear()
+        self.deepspeed.backward(scalar)
+
+    def _set_auxiliary_scale(self, micro_batches: int, device: torch.device) -> None:
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(self.loss_scale / micro_batches, device=device))
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied with before the backward pass: 1 but for fp16."""
+        return float(self.deepspeed.optimizer.loss_scaler.loss_scale) if self.is_scaled else 1.0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because the fp16 gradient overflowed."""
+        return int(self.deepspeed.skipped_steps) if self.is_scaled else 0
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the last step was."""
+        return bool(self.is_scaled and self.deepspeed.optimizer.overflow)
 
     def step(self) -> None:
-        """Reduce, clip and update."""
+        """Reduce, clip and update; under fp16 skip the update where the gradient overflowed."""
         self.deepspeed.step()
 
     def close(self) -> None:
@@ -125,13 +202,26 @@ class TrainingEngine:
         self.deepspeed.destroy()
 
     def gradient_norm(self) -> float:
-        """Return the global gradient norm of the last step, before clipping."""
+        """Return the global gradient norm of the last step, before clipping; infinite where it was skipped."""
         return float(self.deepspeed.get_global_grad_norm())
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of every group for the next step."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+
+
+class _Seeded(torch.autograd.Function):
+    """A scalar whose gradient starts a given gradient instead: DeepSpeed runs backward passes of scalars."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return output.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient, None
 
 
 def _initialize(

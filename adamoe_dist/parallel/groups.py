@@ -120,6 +120,36 @@ def expert_group_name(expert_parallel: int) -> str:
     return f"ep_size_{expert_parallel}"
 
 
+def data_parallel_group() -> dist.ProcessGroup:
+    """Return the ranks that hold the same dense weights and average their gradients."""
+    return parallel_state.get_data_parallel_group()
+
+
+def experts_are_apart() -> bool:
+    """Tell whether experts are reduced over other ranks than dense weights."""
+    over_experts = dist.get_process_group_ranks(parallel_state.get_expert_data_parallel_group())
+    return bool(over_experts != dist.get_process_group_ranks(data_parallel_group()))
+
+
+def reduction_group(parameter: torch.Tensor) -> dist.ProcessGroup:
+    """Return the ranks that hold the same part of a weight."""
+    if getattr(parameter, "is_expert", False):
+        return parallel_state.get_expert_data_parallel_group()
+    return data_parallel_group()
+
+
+def is_first_replica(parameter: torch.Tensor) -> bool:
+    """Tell whether this rank counts a weight that several hold: each part of each weight is counted on one rank.
+
+    A weight without ``tensor_model_parallel`` is the same on all tensor-parallel ranks. Expert-tensor ranks hold
+    different parts of an expert, so the ranks that reduce it are all that hold it.
+    """
+    if dist.get_rank(reduction_group(parameter)) != 0:
+        return False
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return bool(is_split or parallel_state.get_tensor_model_parallel_rank() == 0)
+
+
 def destroy_groups() -> None:
     """Leave all groups; a process that skips this can crash at exit."""
     for table in (
@@ -149,15 +179,15 @@ class MegatronTopology:
 
     def get_data_parallel_world_size(self) -> int:
         """Number of ranks that hold the same dense weights."""
-        return int(parallel_state.get_data_parallel_world_size())
+        return int(data_parallel_group().size())
 
     def get_data_parallel_rank(self) -> int:
         """This rank's place among them."""
-        return int(parallel_state.get_data_parallel_rank())
+        return int(data_parallel_group().rank())
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Their group."""
-        return parallel_state.get_data_parallel_group()
+        return data_parallel_group()
 
     def get_model_parallel_world_size(self) -> int:
         """Number of ranks that share one copy of the dense weights."""

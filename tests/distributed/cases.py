@@ -69,13 +69,26 @@ def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[st
     group = parallel_state.get_expert_model_parallel_group()
     result = {}
     for name, parameter in model.named_parameters():
-        value = values[name].detach().float().contiguous()
+        value = whole(values[name]).detach().float().contiguous()
         if getattr(parameter, "is_expert", False) and group.size() > 1:
             parts = [torch.empty_like(value) for _ in range(group.size())]
             dist.all_gather(parts, value, group=group)
             value = torch.cat(parts)
         result[name] = value.clone()
     return result
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight, which under ZeRO-3 is sharded; of any other tensor, itself."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    if not hasattr(value, "ds_shape"):
+        return value
+    with GatheredParameters([value]):
+        return value.detach().clone()
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
@@ -106,7 +119,7 @@ def train(
     initialize_groups(launch, resolved)
     try:
         platform.seed_everything(config.run.seed, deterministic=False)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = DTYPES[precision]
         built = build_model(config, resolved, VOCAB, dtype, cuda=False)
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
@@ -175,7 +188,7 @@ class GradientCapture:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+        self.sums = {name: torch.zeros(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
         self.handles = []
         for name, parameter in model.named_parameters():
             self.handles.append(parameter.register_hook(self._adder(name)))

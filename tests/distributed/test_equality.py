@@ -22,7 +22,10 @@ COMMON = {
 }
 LAYOUTS = [(2, 2), (2, 1), (4, 2)]
 LAYOUT_NAMES = ["EP2", "DP2", "EP2xEDP2"]
+STAGES = [0, 1, 2, 3]
 STEPS, FEW, BF16_STEPS = 5, 2, 3
+SHARD_ALL = {"zero": {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}}
+"""Without it ZeRO-3 keeps weights as small as these whole on every rank."""
 
 RanksOf = Callable[[int], Ranks]
 _REFERENCES: dict[str, Outcome] = {}
@@ -34,6 +37,10 @@ def reference(ranks_of: RanksOf, changes: dict[str, Any], *arguments: Any, steps
     if key not in _REFERENCES:
         _REFERENCES[key] = ranks_of(1).run(train, changes, steps, 1, *arguments)[0]
     return _REFERENCES[key]
+
+
+def staged(changes: dict[str, Any], stage: int) -> dict[str, Any]:
+    return merged(merged(changes, {"zero": {"stage": stage}}), SHARD_ALL if stage == 3 else {})
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> float:
@@ -73,24 +80,24 @@ def assert_same_training(outcomes: list[Outcome], single: Outcome) -> None:
         assert max(gradients.values()) < 1e-5, max(gradients, key=gradients.__getitem__)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world", "expert_parallel"), LAYOUTS, ids=LAYOUT_NAMES)
 def test_adamw_training_is_that_of_one_process(ranks_of, world, expert_parallel, stage):
     single = reference(ranks_of, COMMON)
     assert min(single.norms) > CLIP, "clipping must be active in every step"
     assert all(float(gradient.norm()) > 0 for gradient in single.gradients.values())
-    outcomes = ranks_of(world).run(train, merged(COMMON, {"zero": {"stage": stage}}), STEPS, expert_parallel)
+    outcomes = ranks_of(world).run(train, staged(COMMON, stage), STEPS, expert_parallel)
     assert_same_training(outcomes, single)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world", "expert_parallel"), LAYOUTS, ids=LAYOUT_NAMES)
 def test_sgd_updates_are_those_of_one_process(ranks_of, world, expert_parallel, stage):
     """Plain SGD shows a gradient's size, which AdamW hides: the weights' whole way must agree, not only its end."""
     changes = merged(COMMON, {"optimizer": {"type": "sgd", "learning_rate": 0.1}})
     single = reference(ranks_of, changes)
     assert min(single.norms) > CLIP
-    for outcome in ranks_of(world).run(train, merged(changes, {"zero": {"stage": stage}}), STEPS, expert_parallel):
+    for outcome in ranks_of(world).run(train, staged(changes, stage), STEPS, expert_parallel):
         for name, weight in single.weights.items():
             assert torch.equal(outcome.initial[name], single.initial[name]), name
             way = weight - single.initial[name]
@@ -116,13 +123,13 @@ def test_the_clipped_first_sgd_step_is_the_captured_gradient(ranks_of):
             )
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("force", ["starve", "all_null"])
 @pytest.mark.parametrize(("world", "expert_parallel"), [(2, 2), (4, 2)], ids=["EP2", "EP2xEDP2"])
 def test_experts_without_rows_do_not_disturb_training(ranks_of, world, expert_parallel, force, stage):
     single = reference(ranks_of, COMMON, "fp32", force, steps=FEW)
     outcomes = ranks_of(world).run(
-        train, merged(COMMON, {"zero": {"stage": stage}}), FEW, expert_parallel, "fp32", force
+        train, staged(COMMON, stage), FEW, expert_parallel, "fp32", force
     )
     for outcome in (single, outcomes[0]):
         for tokens_by_load, expert_counts in outcome.first_micro_batch:
@@ -157,7 +164,7 @@ def test_rows_sent_one_by_one_train_alike(ranks_of):
     assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, COMMON, steps=FEW))
 
 
-BF16_LAYOUTS = [(2, 2, 1), (2, 2, 2), (2, 1, 1), (4, 2, 2)]
+BF16_LAYOUTS = [(2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (2, 1, 1), (4, 2, 0), (4, 2, 2), (4, 2, 3)]
 
 
 @pytest.mark.parametrize(("world", "expert_parallel", "stage"), BF16_LAYOUTS)
@@ -168,7 +175,7 @@ def test_bf16_training_stays_near_one_process(ranks_of, world, expert_parallel, 
     """
     single = reference(ranks_of, COMMON, "bf16", steps=BF16_STEPS)
     outcomes = ranks_of(world).run(
-        train, merged(COMMON, {"zero": {"stage": stage}}), BF16_STEPS, expert_parallel, "bf16"
+        train, staged(COMMON, stage), BF16_STEPS, expert_parallel, "bf16"
     )
     assert_replicas_are_equal(outcomes)
     losses, norms = worst(outcomes[0].losses, single.losses), worst(outcomes[0].norms, single.norms)
