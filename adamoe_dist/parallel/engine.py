@@ -12,6 +12,7 @@ from torch import Tensor
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name, experts_are_apart
 from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.stage3 import forget_model
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, verify_marks, verify_wiring
 
@@ -200,6 +201,7 @@ class TrainingEngine:
     def close(self) -> None:
         """Let go of the model: DeepSpeed's hooks would keep it, and its groups, for the life of the process."""
         self.deepspeed.destroy()
+        forget_model(self.model)
 
     def gradient_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping; infinite where it was skipped."""
