@@ -9,11 +9,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import tensors as names
-from adamoe_dist.checkpoint.agreement import agreed
+from adamoe_dist.checkpoint.agreement import agreed, gathered
 from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.zero import ZeroState
 from adamoe_dist.errors import UserError
-from adamoe_dist.parallel import TrainingEngine
+from adamoe_dist.parallel import TrainingEngine, stage_group
 
 OFTEN = "the model or the optimizer is another one than the checkpoint's"
 
@@ -37,17 +37,18 @@ def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
     shapes = _verified_shapes(path)
     zero = ZeroState(engine)
     wanted = _wanted_weights(zero) | _wanted_buffers(zero) | _wanted_moments(zero)
+    known = _known_everywhere(wanted)
     with agreed(f"reading {path}"):
-        _check_shapes(path, wanted, shapes, ("model.", "optimizer."))
+        _check_shapes(path, wanted, known, shapes, ("model.", "optimizer."))
         state = read_state(path)
     random_states = _readable_random_states(shapes)
     with agreed(f"reading tensors from {path}"):
         loaded = names.read_tensors(path, wanted | random_states)
-    _set_weights(zero, loaded)
+    _set_weights(zero, engine, loaded)
     _set_buffers(zero, loaded)
-    for name in zero.parameters:
+    for name, part in zero.parts.items():
         for moment in zero.moments:
-            zero.set_moment(name, moment, loaded[names.moment_key(name, moment)])
+            zero.set_moment(name, moment, names.joined(names.moment_key(name, moment), part, loaded))
     if zero.moments:
         zero.step = int(loaded[names.OPTIMIZER_STEP])
     prefix = names.random_key("")
@@ -73,11 +74,12 @@ def load_weights(path: Path, engine: TrainingEngine) -> list[str]:
     buffers = _wanted_buffers(zero)
     is_without = not any(key in shapes for key in buffers)
     wanted = _wanted_weights(zero) | ({} if is_without else buffers)
+    known = _known_everywhere(wanted)
     with agreed(f"reading {path}"):
-        _check_shapes(path, wanted, shapes, ("model.",))
+        _check_shapes(path, wanted, known, shapes, ("model.",))
     with agreed(f"reading tensors from {path}"):
         loaded = names.read_tensors(path, wanted)
-    _set_weights(zero, loaded)
+    _set_weights(zero, engine, loaded)
     if is_without:
         return list(zero.buffers)
     _set_buffers(zero, loaded)
@@ -94,21 +96,22 @@ def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _wanted_weights(zero: ZeroState) -> dict[str, ShardedTensor]:
-    keys = {names.weight_key(name): parameter for name, parameter in zero.parameters.items()}
-    return {key: names.part_of_parameter(key, parameter) for key, parameter in keys.items()}
+    wanted: dict[str, ShardedTensor] = {}
+    for name, part in zero.parts.items():
+        wanted |= names.pieces_of(names.weight_key(name), part)
+    return wanted
 
 
 def _wanted_buffers(zero: ZeroState) -> dict[str, ShardedTensor]:
     keys = {names.weight_key(name): buffer for name, buffer in zero.buffers.items()}
-    return {key: names.replicated(key, torch.empty(buffer.shape)) for key, buffer in keys.items()}
+    return {key: names.replicated(key, torch.empty(buffer.shape), stage_group()) for key, buffer in keys.items()}
 
 
 def _wanted_moments(zero: ZeroState) -> dict[str, ShardedTensor]:
     wanted: dict[str, ShardedTensor] = {}
     for moment in zero.moments:
-        for name, parameter in zero.parameters.items():
-            key = names.moment_key(name, moment)
-            wanted[key] = names.part_of_parameter(key, parameter)
+        for name, part in zero.parts.items():
+            wanted |= names.pieces_of(names.moment_key(name, moment), part)
     if zero.moments:
         wanted[names.OPTIMIZER_STEP] = names.replicated(names.OPTIMIZER_STEP, torch.zeros(1, dtype=torch.int64))
     return wanted
@@ -124,10 +127,20 @@ def _readable_random_states(shapes: dict[str, tuple[int, ...]]) -> dict[str, Sha
     }
 
 
+def _known_everywhere(wanted: dict[str, ShardedTensor]) -> set[str]:
+    """The names of the tensors that some rank wants: each pipeline stage wants its own. Collective."""
+    return set().union(*gathered({part.key for part in wanted.values()}))
+
+
 def _check_shapes(
-    path: Path, wanted: dict[str, ShardedTensor], present: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]
+    path: Path,
+    wanted: dict[str, ShardedTensor],
+    known: set[str],
+    present: dict[str, tuple[int, ...]],
+    prefixes: tuple[str, ...],
 ) -> None:
-    for key, part in wanted.items():
+    for part in wanted.values():
+        key = part.key
         if key not in present:
             raise UserError(f"checkpoint {path}: tensor {key} is missing; {OFTEN}")
         if tuple(part.global_shape) != present[key]:
@@ -136,14 +149,15 @@ def _check_shapes(
                 f"needed is {tuple(part.global_shape)}; {OFTEN}"
             )
     for key in present:
-        if key.startswith(prefixes) and key not in wanted:
+        if key.startswith(prefixes) and key not in known:
             raise UserError(f"checkpoint {path}: tensor {key} has no place here; {OFTEN}")
 
 
-def _set_weights(zero: ZeroState, loaded: dict[str, Any]) -> None:
-    for name in zero.parameters:
-        zero.set_weight(name, loaded[names.weight_key(name)])
+def _set_weights(zero: ZeroState, engine: TrainingEngine, loaded: dict[str, Any]) -> None:
+    for name, part in zero.parts.items():
+        zero.set_weight(name, names.joined(names.weight_key(name), part, loaded))
     zero.update_weights()
+    engine.share_tied_embedding()
 
 
 def _set_buffers(zero: ZeroState, loaded: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import tensors as names
@@ -20,8 +19,9 @@ from adamoe_dist.checkpoint.directory import (
     remove_older,
 )
 from adamoe_dist.checkpoint.manifest import CONFIG, MANIFEST, STATE, build_manifest, describe_file, write_json
-from adamoe_dist.checkpoint.zero import ZeroState, canonical_buffers
-from adamoe_dist.parallel import TrainingEngine
+from adamoe_dist.checkpoint.zero import ZeroState
+from adamoe_dist.model import Part, canonical_buffers
+from adamoe_dist.parallel import TrainingEngine, stage_group
 
 
 def save_checkpoint(
@@ -82,18 +82,17 @@ def collect_tensors(engine: TrainingEngine) -> dict[str, ShardedTensor]:
     zero = ZeroState(engine)
     collected: dict[str, ShardedTensor] = {}
 
-    def add(key: str, parameter: torch.nn.Parameter, turn: int, value: torch.Tensor) -> None:
-        part = names.part_of_parameter(key, parameter, turn)
-        if is_main_replica(part.replica_id):
-            part.data = value.detach().cpu()
-        collected[key] = part
+    def add(key: str, part: Part, turn: int, value: torch.Tensor) -> None:
+        is_writer = (part.replica - turn) % part.replicas == 0
+        collected.update(names.pieces_of(key, part, turn, value.detach().cpu() if is_writer else None))
 
-    for turn, (name, parameter) in enumerate(zero.parameters.items()):
-        add(names.weight_key(name), parameter, turn, zero.weight(name))
+    for turn, (name, part) in enumerate(zero.parts.items()):
+        add(names.weight_key(name), part, turn, zero.weight(name))
         for moment in zero.moments:
-            add(names.moment_key(name, moment), parameter, turn, zero.moment(name, moment))
+            add(names.moment_key(name, moment), part, turn, zero.moment(name, moment))
     for name, buffer in zero.buffers.items():
-        collected[names.weight_key(name)] = names.replicated(names.weight_key(name), buffer.detach().cpu())
+        key = names.weight_key(name)
+        collected[key] = names.replicated(key, buffer.detach().cpu(), stage_group())
     if zero.moments:
         collected[names.OPTIMIZER_STEP] = names.replicated(names.OPTIMIZER_STEP, torch.tensor([zero.step]))
     for device, random_state in platform.random_states().items():
@@ -106,12 +105,13 @@ def _require_equal_buffers(engine: TrainingEngine) -> None:
     """Refuse, on every rank, buffers that differ among the ranks: one rank's would be saved for all."""
     buffers = canonical_buffers(engine.model)
     held = {name: hashlib.sha256(buffer.cpu().numpy().tobytes()).hexdigest() for name, buffer in buffers.items()}
-    everyone = gathered(held)
-    for rank, other in enumerate(everyone):
-        for name, digest in everyone[0].items():
-            if other.get(name) != digest:
+    first: dict[str, tuple[int, str]] = {}
+    for rank, other in enumerate(gathered(held)):
+        for name, digest in other.items():
+            before, expected = first.setdefault(name, (rank, digest))
+            if digest != expected:
                 raise CheckpointError(
-                    f"buffer {name} of rank {rank} is not that of rank 0; all ranks must hold the same"
+                    f"buffer {name} of rank {rank} is not that of rank {before}; all ranks must hold the same"
                 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from adamoe_dist.checkpoint.agreement import CheckpointError, describe
 from adamoe_dist.errors import UserError
+from adamoe_dist.model import Part
 
 METADATA = ".metadata"
 OPTIMIZER_STEP = "optimizer.step"
@@ -49,28 +50,44 @@ def random_key(device: str) -> str:
     return f"rng.{device}"
 
 
-def part_of_parameter(key: str, parameter: torch.nn.Parameter, turn: int = 0) -> ShardedTensor:
-    """Say which part of a whole fp32 tensor this rank holds.
+def pieces_of(key: str, part: Part, turn: int = 0, value: Tensor | None = None) -> dict[str, ShardedTensor]:
+    """Say which pieces of a whole fp32 tensor this rank holds.
 
     Args:
         key: the tensor's name.
-        parameter: the local parameter that the tensor is of, in shape.
+        part: of the weight that the tensor is of, in shape.
         turn: which of the ranks that hold the same part writes it, counted on and around; spreads the work.
+        value: the local tensor, needed on the rank that writes it; without it the descriptions have no data.
 
     Returns:
-        The description without data.
+        The descriptions, each under a name of its own.
     """
-    if getattr(parameter, "is_expert", False):
-        replica = parallel_state.get_expert_data_parallel_rank()
-        replicas = dist.get_world_size(parallel_state.get_expert_data_parallel_group())
-        ranks = parallel_state.get_expert_model_parallel_world_size()
-        offsets = [(0, parallel_state.get_expert_model_parallel_rank(), ranks)]
-    else:
-        replica = parallel_state.get_data_parallel_rank()
-        replicas = parallel_state.get_data_parallel_world_size()
-        offsets = []
-    shape = torch.empty(parameter.shape, dtype=torch.float32, device="meta")
-    return ShardedTensor.from_rank_offsets(key, shape, *offsets, replica_id=(replica - turn) % replicas).without_data()
+    replica = (part.replica - turn) % part.replicas
+    described = {}
+    for number, piece in enumerate(part.pieces):
+        sizes = [place.stop - place.start for place in piece.whole]
+        offsets = [
+            (axis, place.start // size, part.shape[axis] // size)
+            for axis, (place, size) in enumerate(zip(piece.whole, sizes, strict=True))
+        ]
+        data = torch.empty(sizes, dtype=torch.float32, device="meta") if value is None else value[piece.local]
+        sharded = ShardedTensor.from_rank_offsets(key, data.contiguous(), *offsets, replica_id=replica)
+        described[_piece_name(key, number)] = sharded.without_data() if value is None else sharded
+    return described
+
+
+def joined(key: str, part: Part, loaded: dict[str, Tensor]) -> Tensor:
+    """Return the local tensor of which :func:`read_tensors` read the pieces."""
+    if len(part.pieces) == 1:
+        return loaded[_piece_name(key, 0)]
+    whole = torch.empty(part.parameter_shape, dtype=torch.float32)
+    for number, piece in enumerate(part.pieces):
+        whole[piece.local] = loaded[_piece_name(key, number)]
+    return whole
+
+
+def _piece_name(key: str, number: int) -> str:
+    return key if number == 0 else f"{key}#{number}"
 
 
 def part_by_rank(key: str, value: Tensor) -> ShardedTensor:
@@ -78,9 +95,9 @@ def part_by_rank(key: str, value: Tensor) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(key, value.unsqueeze(0), (0, dist.get_rank(), dist.get_world_size()))
 
 
-def replicated(key: str, value: Tensor) -> ShardedTensor:
-    """Describe a tensor that is the same on all ranks."""
-    return ShardedTensor.from_rank_offsets(key, value, replica_id=dist.get_rank())
+def replicated(key: str, value: Tensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
+    """Describe a tensor that is the same on all ranks, or on those of a group."""
+    return ShardedTensor.from_rank_offsets(key, value, replica_id=dist.get_rank(group))
 
 
 class SynchronousWriter(TorchDistSaveShardedStrategy):
@@ -95,7 +112,7 @@ class SynchronousWriter(TorchDistSaveShardedStrategy):
         held: dict[str, list[ShardedTensor | ShardedObject]] = {}
         for part in sharded_state_dict.values():
             if is_main_replica(part.replica_id):
-                held[part.unique_key if isinstance(part, ShardedObject) else part.key] = [part]
+                held.setdefault(part.unique_key if isinstance(part, ShardedObject) else part.key, []).append(part)
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(held, is_loading=False),
             storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),

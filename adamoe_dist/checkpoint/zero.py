@@ -12,38 +12,12 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from adamoe_dist.model import canonical_buffers, parts_of
 from adamoe_dist.parallel import TrainingEngine
 
-MODULE_PREFIX = "gpt."
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTS = {"AdamW": ADAM_MOMENTS, "FusedAdam": ADAM_MOMENTS, "SGD": ()}
 _LINKED, _LINK = "_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state"
-
-
-def canonical_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the trained parameters of a model by the names that they have in a checkpoint."""
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad, f"{name} is not trained: a checkpoint would lose it"
-        parameters[name.removeprefix(MODULE_PREFIX)] = parameter
-    return parameters
-
-
-def canonical_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the persistent buffers of a model by the names that they have in a checkpoint.
-
-    A checkpoint holds them in fp32 and once: they are the same on all ranks.
-    """
-    buffers = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] in module._non_persistent_buffers_set:
-                continue
-            assert buffer.dtype == torch.float32, (
-                f"buffer {name} is {buffer.dtype}: a checkpoint would not keep its bits"
-            )
-            buffers[name.removeprefix(MODULE_PREFIX)] = buffer
-    return buffers
 
 
 class ZeroState:
@@ -64,7 +38,8 @@ class ZeroState:
         optimizer_class = type(self.inner).__name__
         assert optimizer_class in MOMENTS, f"the state of {optimizer_class} is not known"
         self.moments = MOMENTS[optimizer_class]
-        self.parameters = canonical_parameters(engine.model)
+        self.parts = parts_of(engine.model)
+        self.parameters = {name: part.parameter for name, part in self.parts.items()}
         self.buffers = canonical_buffers(engine.model)
         self._create_states()
 

@@ -1,6 +1,7 @@
 """One typed configuration tree: declared a file a section, read from YAML and overrides, checked together."""
 
 from adamoe_dist.config.fields import leaves
+from adamoe_dist.config.layout import Layout
 from adamoe_dist.config.load import config_from_dict, load_config
 from adamoe_dist.config.moe import BalanceConfig, DispatcherConfig, MoEConfig
 from adamoe_dist.config.tree import Config
@@ -10,6 +11,7 @@ __all__ = [
     "BalanceConfig",
     "Config",
     "DispatcherConfig",
+    "Layout",
     "MoEConfig",
     "Resolved",
     "config_from_dict",

@@ -1,9 +1,9 @@
 """Checks of the whole tree against itself and the world size, before anything is built."""
 
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
+from adamoe_dist.config.layout import Layout, find_layout
 from adamoe_dist.config.load import refuse
 from adamoe_dist.config.tree import Config
 from adamoe_dist.config.validate_router import check_router, check_target_load
@@ -36,18 +36,35 @@ OWNED_DEEPSPEED_KEYS = {
 class Resolved:
     """What follows from the tree and the world size."""
 
-    world_size: int
-    data_parallel: int
-    expert_parallel: int
-    expert_data_parallel: int
+    layout: Layout
     micro_batch_size: int
     micro_batches_per_rank: int
     tokens_per_step: int
 
     @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.world_size
+
+    @property
+    def data_parallel(self) -> int:
+        """Number of ranks, or groups of ranks, that train on samples of their own."""
+        return self.layout.data
+
+    @property
+    def expert_parallel(self) -> int:
+        """Number of ranks over which the true experts are spread."""
+        return self.layout.expert
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Number of ranks that hold the same true experts."""
+        return self.layout.expert_data
+
+    @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches of one step over all data-parallel ranks."""
-        return self.micro_batches_per_rank * self.data_parallel
+        return self.micro_batches_per_rank * self.layout.data
 
 
 def resolve(config: Config, world_size: int) -> Resolved:
@@ -62,16 +79,13 @@ def resolve(config: Config, world_size: int) -> Resolved:
     _check_data(config, problems)
     _check_training(config, problems)
     _check_deepspeed(config, problems)
-    data_parallel, expert_parallel = _check_degrees(config, world_size, problems)
-    micro_batch_size = _check_batch(config, data_parallel, problems)
+    layout = find_layout(config, world_size, problems)
+    micro_batch_size = _check_batch(config, layout, problems)
     refuse(problems)
     return Resolved(
-        world_size=world_size,
-        data_parallel=data_parallel,
-        expert_parallel=expert_parallel,
-        expert_data_parallel=data_parallel // expert_parallel,
+        layout=layout,
         micro_batch_size=micro_batch_size,
-        micro_batches_per_rank=config.train.global_batch_size // (micro_batch_size * data_parallel),
+        micro_batches_per_rank=config.train.global_batch_size // (micro_batch_size * layout.data),
         tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
     )
 
@@ -243,34 +257,8 @@ def _check_deepspeed(config: Config, problems: list[str]) -> None:
         problems.append(f"zero.deepspeed.{path} is set by {OWNED_DEEPSPEED_KEYS[path]}; remove it there")
 
 
-def _check_degrees(config: Config, world_size: int, problems: list[str]) -> tuple[int, int]:
-    """Return (data-parallel, expert-parallel) degrees; 1 where they cannot be had."""
-    parallel, experts = config.parallel, config.moe.num_experts
-    for name in ("tensor", "pipeline", "context", "expert_tensor"):
-        degree = getattr(parallel, name)
-        if degree != 1:
-            problems.append(
-                f"parallel.{name}={degree} is not supported by this version, which has data and expert parallelism; "
-                f"set parallel.{name}=1"
-            )
-    if parallel.expert == "auto":
-        return world_size, gcd(world_size, experts)
-    if experts % parallel.expert:
-        problems.append(
-            f"parallel.expert={parallel.expert} does not divide moe.num_experts={experts}; change one of them"
-        )
-    if world_size % parallel.expert:
-        problems.append(
-            f"parallel.expert={parallel.expert} does not divide the world size {world_size}: the degrees' product "
-            f"(expert {parallel.expert} x expert-data) must be the number of ranks; start a multiple of "
-            f"{parallel.expert} ranks or set parallel.expert=auto"
-        )
-        return world_size, 1
-    return world_size, parallel.expert
-
-
-def _check_batch(config: Config, data_parallel: int, problems: list[str]) -> int:
-    train, sequence = config.train, config.model.sequence_length
+def _check_batch(config: Config, layout: Layout, problems: list[str]) -> int:
+    train, sequence, data_parallel = config.train, config.model.sequence_length // layout.context, layout.data
     share, rest = divmod(train.global_batch_size, data_parallel)
     if rest or not share:
         problems.append(

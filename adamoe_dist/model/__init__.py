@@ -4,6 +4,7 @@ from adamoe_dist.model.build import BuiltModel, LanguageModel, build_model
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
 from adamoe_dist.model.modules import CausalAttention, RMSNorm
 from adamoe_dist.model.moe_layer import AdaMoELayer
+from adamoe_dist.model.parts import Part, canonical_buffers, is_tied_copy, parts_of
 
 __all__ = [
     "AdaMoELayer",
@@ -11,8 +12,12 @@ __all__ = [
     "BuiltModel",
     "CausalAttention",
     "LanguageModel",
+    "Part",
     "RMSNorm",
     "build_model",
+    "canonical_buffers",
     "is_moe_layer",
+    "is_tied_copy",
+    "parts_of",
     "transformer_config",
 ]

@@ -35,8 +35,10 @@ def transformer_config(
 
     Weights start on the CPU from seeded generators on every platform, so that they do not depend on the ranks or the
     device. Fused kernels that write into Megatron's own gradient buffers stay off: DeepSpeed owns the gradients.
+    Megatron's own router, the baseline, divides its losses by the tensor- and context-parallel ranks; gradients are
+    summed over the former and averaged over the latter, hence the factor ``layout.context``.
     """
-    model, moe = config.model, config.moe
+    model, moe, layout = config.model, config.moe, resolved.layout
     baseline = moe.router.type == "topk"
     balanced = baseline and moe.router.balance.type == "switch"
     return AdaMoETransformerConfig(
@@ -64,7 +66,12 @@ def transformer_config(
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        expert_model_parallel_size=resolved.expert_parallel,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         num_moe_experts=moe.num_experts,
         moe_ffn_hidden_size=moe.expert_hidden_size,
         moe_layer_freq=[int(is_moe_layer(config, layer)) for layer in range(model.num_layers)],
@@ -73,8 +80,8 @@ def transformer_config(
         moe_router_pre_softmax=moe.router.normalize == "none",
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss" if balanced else "none",
-        moe_aux_loss_coeff=moe.router.balance.coefficient * moe.top_k if balanced else 0.0,
-        moe_z_loss_coeff=(moe.router.z_loss_coefficient or None) if baseline else None,
+        moe_aux_loss_coeff=moe.router.balance.coefficient * moe.top_k * layout.context if balanced else 0.0,
+        moe_z_loss_coeff=(moe.router.z_loss_coefficient * layout.context or None) if baseline else None,
         moe_token_dispatcher_type="alltoall",
         moe_flex_dispatcher_backend=moe.dispatcher.flex_backend,
         **recomputation(config),

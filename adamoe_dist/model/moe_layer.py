@@ -96,7 +96,7 @@ class AdaMoELayer(MoELayer):
         if isinstance(self.router, AdaMoERouter):
             self.router.balance_coefficient = coefficient
         elif self.config.moe.router.balance.type != "none":
-            self.config.moe_aux_loss_coeff = coefficient * self.config.moe.top_k
+            self.config.moe_aux_loss_coeff = coefficient * self.config.moe.top_k * self.config.context_parallel_size
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route as Megatron does, and compute here what null experts return."""

@@ -1,7 +1,16 @@
 """Groups of ranks and the DeepSpeed engine over Megatron's experts."""
 
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
-from adamoe_dist.parallel.groups import Launch, check_port, destroy_groups, expert_group_name, initialize_groups
+from adamoe_dist.parallel.groups import (
+    Launch,
+    check_port,
+    data_parallel_rank,
+    destroy_groups,
+    expert_group_name,
+    initialize_groups,
+    replicas_group,
+    stage_group,
+)
 from adamoe_dist.parallel.optimizer import (
     apex_problem,
     build_optimizer,
@@ -10,11 +19,13 @@ from adamoe_dist.parallel.optimizer import (
     is_trained,
     parameter_groups,
 )
+from adamoe_dist.parallel.pipeline import Schedule
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
     "Launch",
+    "Schedule",
     "TrainingEngine",
     "UnshardedOptimizer",
     "WiringError",
@@ -24,6 +35,7 @@ __all__ = [
     "checksum_experts",
     "choose_implementation",
     "cpu_adam_problem",
+    "data_parallel_rank",
     "deepspeed_config",
     "destroy_groups",
     "expert_group_name",
@@ -31,5 +43,7 @@ __all__ = [
     "initialize_groups",
     "is_trained",
     "parameter_groups",
+    "replicas_group",
+    "stage_group",
     "verify_wiring",
 ]

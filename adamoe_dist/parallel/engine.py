@@ -9,8 +9,10 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from adamoe_dist.config import Config, Resolved
-from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name, experts_are_apart
+from adamoe_dist.config import Config, Layout, Resolved
+from adamoe_dist.model import LanguageModel
+from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
+from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
 from adamoe_dist.parallel.stage3 import forget_model
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
@@ -65,7 +67,7 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero.update(extra.pop("zero_optimization", {}))
     return {
-        "train_batch_size": resolved.micro_batch_size * resolved.data_parallel,
+        "train_batch_size": resolved.micro_batch_size * resolved.layout.replicas,
         "train_micro_batch_size_per_gpu": resolved.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -82,16 +84,16 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
     }
 
 
-def mark_experts(model: torch.nn.Module, expert_parallel: int) -> None:
-    """Tell DeepSpeed which group reduces each expert; where experts are not apart they are dense weights."""
-    if not experts_are_apart():
-        return
-    name = expert_group_name(expert_parallel)
+def mark_experts(model: torch.nn.Module, layout: Layout) -> None:
+    """Tell DeepSpeed which group reduces each expert; where dense weights have the same group, experts are such."""
     for parameter in model.parameters():
         if getattr(parameter, "is_expert", False):
-            marks = {"group_name": name, "ds_zero_placement_family": "autoep_expert"}
-            for mark, value in {**marks, "ds_zero_partition_group_name": name}.items():
-                setattr(parameter, mark, value)
+            parameter.allreduce = not layout.experts_are_apart  # type: ignore[attr-defined]
+            if layout.experts_are_apart:
+                name = expert_group_name(layout.expert)
+                parameter.group_name = name  # type: ignore[attr-defined]
+                parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+                parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
 
 
 class TrainingEngine:
@@ -102,7 +104,7 @@ class TrainingEngine:
     """
 
     def __init__(
-        self, model: torch.nn.Module, config: Config, resolved: Resolved, dtype: torch.dtype, num_experts: int
+        self, model: LanguageModel, config: Config, resolved: Resolved, dtype: torch.dtype, num_experts: int
     ) -> None:
         """Wrap ``model`` (on the CPU, fp32) and check the wiring.
 
@@ -116,20 +118,22 @@ class TrainingEngine:
         Raises:
             WiringError: DeepSpeed would reduce some weight over the wrong ranks.
         """
-        mark_experts(model, resolved.expert_parallel)
-        verify_marks(model, resolved.expert_parallel)
+        mark_experts(model, resolved.layout)
+        verify_marks(model, resolved.layout)
         before = checksum_experts(model)
+        sum_over_tensor_ranks(model)
+        self._tied = tied_embedding(model, config.model.tie_embeddings)
         implementation, _ = choose_implementation(config)
         optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay), implementation)
         settings = deepspeed_config(config, resolved, dtype)
-        expert_counts = (num_experts,) if experts_are_apart() else ()
+        expert_counts = (num_experts,) if resolved.layout.experts_are_apart else ()
         self.deepspeed = _initialize(model, optimizer, settings, expert_counts)
         self.model = model
         self.is_scaled = dtype == torch.float16
         if self.is_scaled:
             self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
         try:
-            verify_wiring(self.deepspeed, model, before)
+            verify_wiring(self.deepspeed, model, resolved, before)
         except WiringError:
             self.close()
             raise
@@ -147,36 +151,39 @@ class TrainingEngine:
         """Switch to evaluation; not between the micro-batches of a step."""
         self.deepspeed.eval()
 
+    def start_step(self, micro_batches: int) -> None:
+        """Say how many micro-batches make the step: auxiliary losses are scaled by it in every stage of a pipeline."""
+        self._set_auxiliary_scale(micro_batches)
+        if self._tied is not None:
+            self._tied.start_step(micro_batches)
+
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """Add the gradient of one of ``micro_batches`` micro-batches of this rank."""
-        self._set_auxiliary_scale(micro_batches, loss.device)
+        self._set_auxiliary_scale(micro_batches)
         self._backward(loss / micro_batches)
 
-    def backward_from(self, output: Tensor, gradient: Tensor, micro_batches: int) -> None:
-        """Add the gradient that arrives at ``output``, which is no loss, from elsewhere.
+    def backward_from(self, output: Tensor, gradient: Tensor) -> None:
+        """Add the gradient that arrives at ``output``, which is no loss, from elsewhere; :meth:`start_step` came before.
 
         Args:
             output: what the model computed, of any shape.
-            gradient: with respect to it, of its shape; divided by the micro-batches and scaled already, it is taken as
-                it is.
-            micro_batches: of this step; the attached auxiliary losses are divided by it.
+            gradient: with respect to it; divided by the micro-batches and scaled already, it is taken as it is.
         """
-        self._set_auxiliary_scale(micro_batches, output.device)
-        seeded: Tensor = _Seeded.apply(output, gradient)
-        self._backward(seeded)
+        self._backward(_Seeded.apply(output, gradient))
 
     def _backward(self, scalar: Tensor) -> None:
         """Run one backward pass.
 
         DeepSpeed closes a micro-batch's accounts when the next forward begins. A schedule may run two backward passes
-        in a row; without the call below stages 1 to 3 lose gradients of the second, without a message.
+        in a row; without the call below its sharded optimizers lose gradients of the second, without a message.
         """
         clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
             clear()
         self.deepspeed.backward(scalar)
 
-    def _set_auxiliary_scale(self, micro_batches: int, device: torch.device) -> None:
+    def _set_auxiliary_scale(self, micro_batches: int) -> None:
+        device = next(self.model.parameters()).device
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(self.loss_scale / micro_batches, device=device))
 
     @property
@@ -197,6 +204,13 @@ class TrainingEngine:
     def step(self) -> None:
         """Reduce, clip and update; under fp16 skip the update where the gradient overflowed."""
         self.deepspeed.step()
+        if self._tied is not None:
+            self._tied.finish_step()
+
+    def share_tied_embedding(self) -> None:
+        """Bring a weight that was set from outside to its copy, where a pipeline has one."""
+        if self._tied is not None:
+            self._tied.share()
 
     def close(self) -> None:
         """Let go of the model: DeepSpeed's hooks would keep it, and its groups, for the life of the process."""
@@ -214,16 +228,17 @@ class TrainingEngine:
 
 
 class _Seeded(torch.autograd.Function):
-    """A scalar whose gradient starts a given gradient instead: DeepSpeed runs backward passes of scalars."""
+    """A 0-d tensor whose backward pass starts ``output``'s with a given gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
+        ctx.save_for_backward(gradient)
         return output.new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
 
 
 def _initialize(

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from adamoe_dist import platform
-from adamoe_dist.config import Resolved
+from adamoe_dist.config import Layout, Resolved
 from adamoe_dist.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -84,14 +84,17 @@ def initialize_groups(launch: Launch, resolved: Resolved) -> tuple[int, ...]:
     )
     with platform.without_compiled_collectives():
         deepspeed_comm.init_distributed(platform.communication_backend(), verbose=False)
+    layout = resolved.layout
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        expert_model_parallel_size=resolved.expert_parallel,
-        expert_tensor_parallel_size=1,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
     )
-    assert parallel_state.get_data_parallel_world_size() == resolved.data_parallel
-    register_expert_groups(resolved.expert_parallel)
+    assert parallel_state.get_data_parallel_world_size() == layout.data, layout
+    assert dist.get_world_size(parallel_state.get_expert_data_parallel_group()) == layout.expert_data, layout
+    register_expert_groups(layout)
     return _expert_nodes(launch.node, device)
 
 
@@ -103,16 +106,31 @@ def _expert_nodes(node: int, device: torch.device) -> tuple[int, ...]:
     return tuple(nodes_G.tolist())
 
 
-def register_expert_groups(expert_parallel: int) -> None:
+def register_expert_groups(layout: Layout) -> None:
     """Give DeepSpeed Megatron's expert groups: it has no way to ask for them, only these tables."""
-    name = expert_group_name(expert_parallel)
+    name = expert_group_name(layout.expert)
     expert = parallel_state.get_expert_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = expert
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data
     deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert_data)
-    deepspeed_groups.expert_tensor_parallel_world_size = 1
+    deepspeed_groups.expert_tensor_parallel_world_size = layout.expert_tensor
+
+
+def replicas_group() -> dist.ProcessGroup:
+    """Return the ranks that hold the same dense weights, this one among them: data- and context-parallel ones."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def data_parallel_rank() -> int:
+    """Return this rank's place among the ranks that train on samples of their own."""
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def stage_group() -> dist.ProcessGroup:
+    """Return the ranks of this rank's pipeline stage: those that hold the same layers, or parts of them."""
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
 def expert_group_name(expert_parallel: int) -> str:
@@ -120,22 +138,10 @@ def expert_group_name(expert_parallel: int) -> str:
     return f"ep_size_{expert_parallel}"
 
 
-def data_parallel_group() -> dist.ProcessGroup:
-    """Return the ranks that hold the same dense weights and average their gradients."""
-    return parallel_state.get_data_parallel_group()
-
-
-def experts_are_apart() -> bool:
-    """Tell whether experts are reduced over other ranks than dense weights."""
-    over_experts = dist.get_process_group_ranks(parallel_state.get_expert_data_parallel_group())
-    return bool(over_experts != dist.get_process_group_ranks(data_parallel_group()))
-
-
 def reduction_group(parameter: torch.Tensor) -> dist.ProcessGroup:
-    """Return the ranks that hold the same part of a weight."""
-    if getattr(parameter, "is_expert", False):
-        return parallel_state.get_expert_data_parallel_group()
-    return data_parallel_group()
+    """Return the ranks that hold the same part of a weight, but for tensor-parallel copies."""
+    is_expert = getattr(parameter, "is_expert", False)
+    return parallel_state.get_expert_data_parallel_group() if is_expert else replicas_group()
 
 
 def is_first_replica(parameter: torch.Tensor) -> bool:
@@ -175,19 +181,23 @@ def _free_port() -> int:
 
 
 class MegatronTopology:
-    """Megatron's groups under the names that DeepSpeed asks an ``mpu`` for."""
+    """Megatron's groups under the names that DeepSpeed asks an ``mpu`` for.
+
+    DeepSpeed's data-parallel ranks are all that hold the same dense weights: Megatron's data- and context-parallel ones.
+    It averages gradients over them; a context-parallel rank's loss is the mean over its own part of the sequences.
+    """
 
     def get_data_parallel_world_size(self) -> int:
         """Number of ranks that hold the same dense weights."""
-        return int(data_parallel_group().size())
+        return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
     def get_data_parallel_rank(self) -> int:
         """This rank's place among them."""
-        return int(data_parallel_group().rank())
+        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Their group."""
-        return data_parallel_group()
+        return replicas_group()
 
     def get_model_parallel_world_size(self) -> int:
         """Number of ranks that share one copy of the dense weights."""

@@ -10,6 +10,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from adamoe_dist.config import Config
 from adamoe_dist.errors import UserError
+from adamoe_dist.model import is_tied_copy
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -36,7 +37,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 def is_trained(parameter: torch.Tensor) -> bool:
     """Tell whether the optimizer is to update a parameter on this rank."""
-    return parameter.requires_grad and not getattr(parameter, "is_tied_copy", False)
+    return parameter.requires_grad and not is_tied_copy(parameter)
 
 
 @functools.cache

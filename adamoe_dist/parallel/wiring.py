@@ -13,7 +13,8 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from adamoe_dist.parallel.groups import data_parallel_group, expert_group_name, experts_are_apart, reduction_group
+from adamoe_dist.config import Layout, Resolved
+from adamoe_dist.parallel.groups import expert_group_name, reduction_group, replicas_group
 from adamoe_dist.parallel.optimizer import is_trained
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 
@@ -40,32 +41,36 @@ def _checksum(parameter: torch.Tensor) -> float:
     return float((flat * torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64)).sum())
 
 
-def verify_wiring(engine: Any, model: torch.nn.Module, before: dict[str, float]) -> None:
+def verify_wiring(engine: Any, model: torch.nn.Module, resolved: Resolved, before: dict[str, float]) -> None:
     """Check an engine right after it was built.
 
     Args:
         engine: DeepSpeed's engine.
         model: the module inside.
+        resolved: the degrees.
         before: :func:`checksum_experts` of the model before the engine was built.
 
     Raises:
         WiringError: naming the first weight or group that is wrong.
     """
-    if bool(engine.has_moe_layers) != experts_are_apart():
-        raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers}, experts apart: {experts_are_apart()}")
-    if experts_are_apart():
+    layout = resolved.layout
+    if bool(engine.has_moe_layers) != layout.experts_are_apart:
+        raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers} with the layout {layout.explain()}")
+    if layout.experts_are_apart:
         _verify_not_overwritten(model, before)
     _verify_groups(engine, model)
 
 
-def verify_marks(model: torch.nn.Module, expert_parallel: int) -> None:
-    """Check that each expert says it is one, before DeepSpeed reads the marks.
+def verify_marks(model: torch.nn.Module, layout: Layout) -> None:
+    """Check that each weight says what DeepSpeed and the gradient rules must know of it, before they read the marks.
 
     Raises:
-        WiringError: naming the first expert that DeepSpeed would take for a dense weight, or one that the gradient norm
-            would count wrongly.
+        WiringError: naming the first expert that DeepSpeed would take for a dense weight, or the first weight whose
+            gradient would be a part of one, or that the gradient norm would count wrongly.
     """
-    name_of_group = expert_group_name(expert_parallel) if experts_are_apart() else None
+    if layout.tensor > 1:
+        _verify_tensor_marks(model)
+    name_of_group = expert_group_name(layout.expert) if layout.experts_are_apart else None
     for name, parameter in experts_of(model).items():
         if not getattr(parameter, "tensor_model_parallel", False):
             raise WiringError(f"{name} would count in the gradient norm on the first tensor-parallel rank only")
@@ -76,6 +81,19 @@ def verify_marks(model: torch.nn.Module, expert_parallel: int) -> None:
         for mark in ("group_name", "ds_zero_partition_group_name"):
             if getattr(parameter, mark, None) != name_of_group:
                 raise WiringError(f"{name} has {mark} {getattr(parameter, mark, None)!r}")
+
+
+def _verify_tensor_marks(model: torch.nn.Module) -> None:
+    """Each weight is cut over the tensor-parallel ranks, or summed over them, and not both.
+
+    A weight that every tensor-parallel rank holds sees only that rank's part of the sequence.
+    """
+    for name, parameter in model.named_parameters():
+        is_cut = bool(getattr(parameter, "tensor_model_parallel", False))
+        is_summed = bool(getattr(parameter, "sequence_parallel", False))
+        if is_cut == is_summed:
+            both = "both" if is_cut else "neither"
+            raise WiringError(f"{name} is marked as {both} cut over and summed over tensor-parallel ranks")
 
 
 def _verify_not_overwritten(model: torch.nn.Module, before: dict[str, float]) -> None:
@@ -131,6 +149,6 @@ def _group_of_stage_0(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
 def _group_of_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, parameter: torch.nn.Parameter) -> dist.ProcessGroup:
     """Return the ranks that shard a weight; they reduce it, and the mean is over all data-parallel ranks if marked."""
     averaged_over = optimizer._gradient_averaging_world_size([parameter], parameter.ds_process_group.size())
-    if averaged_over != data_parallel_group().size():
+    if averaged_over != replicas_group().size():
         raise WiringError(f"a weight of shape {tuple(parameter.ds_shape)} is averaged over {averaged_over} ranks")
     return parameter.ds_process_group

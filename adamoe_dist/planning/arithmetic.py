@@ -115,9 +115,7 @@ def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, pre
     train, moe = config.train, config.moe
     load_is = "at balance" if moe.router.target_load is None else "held (moe.router.target_load)"
     return [
-        f"ranks: {resolved.world_size} = data {resolved.data_parallel} (experts: expert-parallel "
-        f"{resolved.expert_parallel} x expert-data {resolved.expert_data_parallel}); ZeRO stage {config.zero.stage}, "
-        f"{precision}",
+        f"ranks: {resolved.layout.explain()}; ZeRO stage {config.zero.stage}, {precision}",
         f"batch: {train.global_batch_size} samples = {resolved.micro_batch_size} a micro-batch x "
         f"{resolved.micro_batches_per_rank} accumulated x {resolved.data_parallel} data-parallel ranks; "
         f"{resolved.tokens_per_step} tokens a step, {resolved.tokens_per_step * train.steps} in {train.steps} steps",

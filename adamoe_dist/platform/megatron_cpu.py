@@ -79,8 +79,10 @@ def install_stand_ins() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     _adapt_moe_modules()
     _adapt_recomputation()
+    _adapt_tensor_parallelism()
 
 
 def _adapt_moe_modules() -> None:
@@ -98,6 +100,13 @@ def _adapt_moe_modules() -> None:
         return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_host_value
+
+
+def _adapt_tensor_parallelism() -> None:
+    """Let Megatron fork its CUDA generator under sequence parallelism; without dropout nothing is drawn from it."""
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
 
 def _adapt_recomputation() -> None:

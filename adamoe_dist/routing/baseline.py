@@ -37,6 +37,6 @@ class CountedTopKRouter(TopKRouter):
         """Attach the z-loss as Megatron does, and count it."""
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is not None and self.training and torch.is_grad_enabled():
-            self.counters.add_z_loss(z_loss(logits, padding_mask) * coefficient)
+            self.counters.add_z_loss(z_loss(logits, padding_mask) * coefficient / self.tp_cp_group.size())
         attached: Tensor = super().apply_z_loss(logits, padding_mask=padding_mask)
         return attached

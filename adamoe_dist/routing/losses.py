@@ -146,12 +146,13 @@ def mean_probabilities(
     return scores_TA.sum(dim=0) / _real_tokens(logits_TA, padding_mask_T)
 
 
-def z_loss(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+def z_loss(logits_TA: Tensor, padding_mask_T: Tensor | None = None, tokens: Tensor | int | None = None) -> Tensor:
     """Mean over real tokens of the squared log-sum-exp of the logits (ST-MoE), which keeps logits small.
 
     Args:
         logits_TA: Router logits (T, A).
         padding_mask_T: Bool (T,), true for padding.
+        tokens: What to divide by, where the mean is over more than these tokens; at least 1.
 
     Returns:
         0-d tensor; exactly 0, with zero gradients, if there is no real token.
@@ -159,7 +160,7 @@ def z_loss(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
     squared_T = torch.logsumexp(_blank_padding(logits_TA, padding_mask_T), dim=1).square()
     if padding_mask_T is not None:
         squared_T = squared_T.masked_fill(padding_mask_T, 0.0)
-    return squared_T.sum() / _real_tokens(logits_TA, padding_mask_T)
+    return squared_T.sum() / (_real_tokens(logits_TA, padding_mask_T) if tokens is None else tokens)
 
 
 def annealed_coefficient(step: int, initial: float, final: float | None, anneal_steps: int) -> float:

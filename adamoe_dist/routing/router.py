@@ -192,25 +192,44 @@ class AdaMoERouter(Router):
                 mask_T,
                 score_function=router.score_function,
                 target_null_share=balance.target_null_share,
-                batch=self._batch_loads(selection, mask_T) if balance.scope == "global_batch" else None,
+                batch=self._batch_loads(selection, mask_T),
             )
             loss = loss * self.balance_coefficient
             self.counters.add_balance_loss(loss)
             probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss)
         if router.z_loss_coefficient > 0:
-            loss = z_loss(logits_TA, mask_T) * router.z_loss_coefficient
+            loss = z_loss(logits_TA, mask_T, self._z_tokens(logits_TA.shape[0], mask_T)) * router.z_loss_coefficient
             self.counters.add_z_loss(loss)
             probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss)
         return probs_TE
 
     @torch.no_grad()
-    def _batch_loads(self, selection: Selection, mask_T: Tensor | None) -> BatchLoads:
-        """Count over all ranks and over the step's micro-batches so far. Collective."""
+    def _batch_loads(self, selection: Selection, mask_T: Tensor | None) -> BatchLoads | None:
+        """Count over the scope of the balance loss, or return None where that is this rank's micro-batch. Collective.
+
+        ``micro_batch``: over the ranks that share its sequences. ``global_batch``: over all ranks and the step's
+        micro-batches so far. Gradients are summed over tensor ranks and averaged over the others.
+        """
+        is_global = self.moe.router.balance.scope == "global_batch"
+        group = self.tp_dp_cp_group if is_global else self.tp_cp_group
+        if not is_global and group.size() == 1:
+            return None
         counts_A, tokens = selected_counts(selection, mask_T)
         here = torch.cat((counts_A, tokens.view(1)))
-        dist.all_reduce(here, group=self.tp_dp_cp_group)
-        so_far = self.counters.add_loads(here)
-        return BatchLoads(so_far[:-1], so_far[-1], here[-1], dist.get_world_size(self.tp_dp_cp_group))
+        dist.all_reduce(here, group=group)
+        counted = self.counters.add_loads(here) if is_global else here
+        return BatchLoads(counted[:-1], counted[-1], here[-1], group.size() // self.tp_group.size())
+
+    @torch.no_grad()
+    def _z_tokens(self, tokens: int, mask_T: Tensor | None) -> Tensor | int | None:
+        """Real tokens of the micro-batch over the ranks that average its gradients, or None: this rank's. Collective."""
+        if self.tp_cp_group.size() == 1:
+            return None
+        if mask_T is None:
+            return max(tokens * self.tp_group.size(), 1)
+        real = (~mask_T).sum().double()
+        dist.all_reduce(real, group=self.tp_cp_group)
+        return (real.clamp(min=1) * self.tp_group.size() / self.tp_cp_group.size()).float()
 
 
 def chain_routers(routers: list[AdaMoERouter]) -> None:

@@ -1,5 +1,6 @@
 """Saving at intervals and starting from what was saved."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,7 @@ class CheckpointWriter(Callback):
 def layout(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
     """Return how a run is cut, for a checkpoint's manifest."""
     return {
-        "world_size": resolved.world_size,
-        "data_parallel": resolved.data_parallel,
-        "expert_parallel": resolved.expert_parallel,
+        **dataclasses.asdict(resolved.layout),
         "zero_stage": config.zero.stage,
         "precision": str(dtype).removeprefix("torch."),
     }

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from adamoe_dist.config import Config
 from adamoe_dist.model import LanguageModel
+from adamoe_dist.parallel import stage_group
 from adamoe_dist.routing import (
     MARGIN_BINS,
     AdaMoERouter,
@@ -31,12 +32,13 @@ class LoadController:
     def update(self, step: int) -> None:
         """Move the biases after optimizer step ``step`` (from 0), whose counters are complete. Collective.
 
-        Counts are summed as integers, so that all ranks compute the same bits, however the run is cut.
+        Counts are summed as integers over the pipeline stage, whose ranks then compute the same bits, however the run
+        is cut.
         """
         routers = [layer.router for layer in self._layers]
         device = routers[0].expert_bias.device
         counts = torch.stack([layer.counters.packed_control(device) for layer in self._layers])
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=stage_group())
         for router, layer_counts in zip(routers, counts, strict=True):
             self._update_layer(router, layer_counts, step)
 

@@ -15,7 +15,7 @@ from adamoe_dist.config import Config, Resolved
 from adamoe_dist.data import BatchStream
 from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
 from adamoe_dist.model import LanguageModel
-from adamoe_dist.parallel import TrainingEngine
+from adamoe_dist.parallel import Schedule, TrainingEngine
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.load_control import load_controller
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
@@ -34,6 +34,9 @@ class Trainer:
         batches: this rank's data.
         rank: this process's global rank.
         device: where the model is.
+        schedule: the passes of a step over the pipeline's stages.
+        num_moe_layers: MoE layers of the whole model.
+        first_moe_layer: how many of them earlier stages have.
         step: optimizer steps done.
         tokens_seen: tokens trained on, over all ranks.
         stop_signal: the signal that asked the run to stop, if any.
@@ -48,6 +51,7 @@ class Trainer:
         batches: BatchStream,
         rank: int,
         device: torch.device,
+        dtype: torch.dtype,
         callbacks: Sequence[Callback],
     ) -> None:
         self.config = config
@@ -63,6 +67,10 @@ class Trainer:
         self.stop_signal: signal.Signals | None = None
         self._load_controller = load_controller(config, model)
         self._received: signal.Signals | None = None
+        self.schedule = Schedule(engine, model, dtype, device)
+        frequency = config.moe.layer_frequency
+        self.num_moe_layers = config.model.num_layers // frequency
+        self.first_moe_layer = model.moe_layers[0].layer_number // frequency - 1
 
     @property
     def is_last_step(self) -> bool:
@@ -97,11 +105,7 @@ class Trainer:
         self.engine.train()
         first_sample = self.batches.consumed_samples
         micro_batches = self.batches.next_step()
-        total = torch.zeros((), device=self.device)
-        for tokens in micro_batches:
-            loss = self.engine(tokens.to(self.device, non_blocking=True)).mean()
-            self.engine.backward(loss, len(micro_batches))
-            total += loss.detach() / len(micro_batches)
+        total = self.schedule.run([tokens.to(self.device, non_blocking=True) for tokens in micro_batches])
         lm_loss, bad_tokens = self._agree(total)
         self._require_finite_scores(bad_tokens, first_sample)
         self._require_finite("loss", lm_loss, first_sample)
@@ -131,22 +135,24 @@ class Trainer:
         received = torch.zeros(len(EXIT_CODES), dtype=torch.float64, device=self.device)
         if self._received is not None:
             received[list(EXIT_CODES).index(self._received)] = 1.0
-        layers = self.model.moe_layers
-        bad_tokens = torch.stack([layer.counters.value("nonfinite_tokens", self.device) for layer in layers])
+        bad_tokens = torch.zeros(self.num_moe_layers, dtype=torch.float64, device=self.device)
+        for place, layer in enumerate(self.model.moe_layers, self.first_moe_layer):
+            bad_tokens[place] = layer.counters.value("nonfinite_tokens", self.device)
         shared = torch.cat([loss.double().view(1), received, bad_tokens])
         dist.all_reduce(shared)
         total, *counts = shared.tolist()
         for number, count in zip(EXIT_CODES, counts, strict=False):
             if count > 0:
                 self.stop_signal = number
-        return total / self.resolved.data_parallel, counts[len(EXIT_CODES) :]
+        layout = self.resolved.layout
+        return total / (layout.replicas * layout.tensor), counts[len(EXIT_CODES) :]
 
     def _require_finite_scores(self, bad_tokens: list[float], first_sample: int) -> None:
         """Name the first layer that went wrong; the layers above it only inherit that."""
-        for layer, tokens in zip(self.model.moe_layers, bad_tokens, strict=True):
+        for number, tokens in enumerate(bad_tokens, 1):
             if tokens:
                 self._stop(
-                    f"the router of layer {layer.layer_number} gives NaN or infinite scores for {tokens:.0f} tokens of "
+                    f"the router of layer {number * self.config.moe.layer_frequency} gives NaN or infinite scores for {tokens:.0f} tokens of "
                     f"step {self.step + 1}",
                     first_sample,
                 )

@@ -26,10 +26,26 @@ class LayerRecord:
 
 
 def layer_vectors(trainer: Trainer) -> torch.Tensor:
-    """Return each MoE layer's counters summed over all ranks, (layers, sums), fp64. Collective."""
+    """Return each MoE layer's counters summed over all ranks, (layers of all stages, sums), fp64. Collective."""
     vectors = torch.stack([layer.counters.vector(trainer.device) for layer in trainer.model.moe_layers])
-    dist.all_reduce(vectors)
-    return vectors
+    return over_stages(trainer, vectors)
+
+
+def over_stages(trainer: Trainer, mine: torch.Tensor) -> torch.Tensor:
+    """Return rows of all MoE layers, summed over ranks, from those (layers of this stage, n) of each. Collective."""
+    everyone = mine.new_zeros(trainer.num_moe_layers, mine.shape[1])
+    first = trainer.first_moe_layer
+    everyone[first : first + len(mine)] = mine
+    dist.all_reduce(everyone)
+    return everyone
+
+
+def expert_biases(trainer: Trainer) -> list[list[float]]:
+    """Return the smallest and the largest selection bias of each MoE layer. Collective."""
+    biases = [layer.router.expert_bias for layer in trainer.model.moe_layers]
+    mine = torch.stack([torch.stack([bias_E.min(), bias_E.max()]) for bias_E in biases]).double()
+    total = over_stages(trainer, mine) / trainer.resolved.layout.stage_ranks
+    return total.tolist()  # type: ignore[no-any-return]
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -59,7 +75,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     num_experts = trainer.config.moe.num_experts
     vectors = layer_vectors(trainer)
     sums, routing = read_vector(vectors.sum(dim=0), num_experts)
-    micro_batches = max(sums["micro_batches"], 1.0)
+    micro_batches = max(sums["micro_batches"] / trainer.resolved.layout.tensor, 1.0)  # each rank adds a part
     overall = routing_shares(routing, trainer.config.moe.top_k)
     dropped_share = sums["dropped_pairs"] / max(int(routing.true_slots), 1)
     record: Record = {
@@ -90,10 +106,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     target = trainer.config.moe.router.target_load
     if target is not None:
         record["target_load_error"] = max(abs(layer.true_experts_per_token / target - 1.0) for layer in layers)
-        biases = [layer.router.expert_bias for layer in trainer.model.moe_layers]
         layers = [
-            replace(layer, expert_bias_min=float(bias_E.min()), expert_bias_max=float(bias_E.max()))
-            for layer, bias_E in zip(layers, biases, strict=True)
+            replace(layer, expert_bias_min=low, expert_bias_max=high)
+            for layer, (low, high) in zip(layers, expert_biases(trainer), strict=True)
         ]
     return record, layers
 

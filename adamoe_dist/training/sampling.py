@@ -3,7 +3,6 @@
 import logging
 
 import torch
-import torch.distributed as dist
 
 from adamoe_dist.data import TextTokenizer
 from adamoe_dist.training.callback import Callback
@@ -18,18 +17,16 @@ TEMPERATURE = 0.8
 def sample_text(trainer: Trainer, tokenizer: TextTokenizer, prompt: str, new_tokens: int) -> str:
     """Continue ``prompt`` by ``new_tokens`` tokens. Collective: ranks share experts, so all of them compute.
 
-    Tokens are drawn on rank 0 from a generator seeded by ``run.seed`` and the step, and shared.
+    Every rank draws the same tokens, from the same scores and a generator seeded by ``run.seed`` and the step.
     """
     trainer.engine.eval()
     generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.step)
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod_id]], device=trainer.device)
     for _ in range(new_tokens):
         window = ids[:, -trainer.config.model.sequence_length :]
-        scores_V = trainer.model.logits(window)[0, -1, : tokenizer.vocab_size].cpu()
+        scores_V = trainer.schedule.next_token_scores(window, tokenizer.vocab_size).cpu()
         drawn = torch.multinomial(torch.softmax(scores_V / TEMPERATURE, dim=0), 1, generator=generator)
-        drawn = drawn.to(trainer.device)
-        dist.broadcast(drawn, src=0)
-        ids = torch.cat([ids, drawn.view(1, 1)], dim=1)
+        ids = torch.cat([ids, drawn.to(trainer.device).view(1, 1)], dim=1)
     trainer.engine.train()
     return tokenizer.decode(ids[0].tolist())
 

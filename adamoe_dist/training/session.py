@@ -17,6 +17,7 @@ from adamoe_dist.parallel import (
     TrainingEngine,
     check_port,
     choose_implementation,
+    data_parallel_rank,
     destroy_groups,
     initialize_groups,
 )
@@ -106,11 +107,11 @@ def _train_in_groups(
         corpora.train,
         config.train.global_batch_size,
         resolved.micro_batch_size,
-        launch.rank,
+        data_parallel_rank(),
         resolved.data_parallel,
     )
     device = platform.device(launch.local_rank)
-    trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, callbacks)
+    trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks)
     _report_start(config, resolved, corpora, built)
     restore(trainer, source)
     try:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from adamoe_dist.data import TokenDataset, validation_batches
+from adamoe_dist.parallel import data_parallel_rank
 from adamoe_dist.training.loop import Trainer
 
 
@@ -34,12 +35,14 @@ def validate(trainer: Trainer, datasets: list[TokenDataset]) -> Validation:
         batches = validation_batches(
             dataset,
             trainer.resolved.micro_batch_size,
-            dist.get_rank(),
+            data_parallel_rank(),
             trainer.resolved.data_parallel,
             trainer.config.train.validation_samples,
         )
         for tokens, weights in batches:
-            losses = trainer.model(tokens.to(trainer.device))
+            losses = trainer.schedule.losses(tokens.to(trainer.device))
+            if losses is None:  # only the last stage has them
+                continue
             weighted = losses.double().mean(dim=1) * weights.to(trainer.device)
             samples = weights.double().sum()
             totals += torch.stack([weighted.sum(), samples.to(trainer.device), samples * dataset.bytes_per_token])

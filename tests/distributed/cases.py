@@ -62,23 +62,32 @@ def padding_of(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Join expert shards over the expert-parallel ranks, so that every layout has the same names and shapes."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
+    """Join the parts of every weight over all ranks, so that every layout has the same names and shapes.
 
-    group = parallel_state.get_expert_model_parallel_group()
+    ``values`` are by local name, each in the shape of the local weight.
+    """
+    import torch.distributed as dist
+
+    from adamoe_dist.model import parts_of
+
+    parts = parts_of(model)
+    local_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: part.shape for name, part in parts.items()})
+    shapes = {name: shape for held in everyone for name, shape in held.items()}
     result = {}
-    for name, parameter in model.named_parameters():
-        value = whole(values[name]).detach().float().contiguous()
-        if getattr(parameter, "is_expert", False) and group.size() > 1:
-            parts = [torch.empty_like(value) for _ in range(group.size())]
-            dist.all_gather(parts, value, group=group)
-            value = torch.cat(parts)
-        result[name] = value.clone()
+    values = {name: unsharded(value) for name, value in values.items()}
+    for name, shape in shapes.items():
+        whole = torch.zeros(shape)
+        part = parts.get(name)
+        if part is not None and part.replica == 0:
+            part.place(values[local_names[id(part.parameter)]].detach().float(), whole)
+        dist.all_reduce(whole)
+        result[name] = whole
     return result
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
+def unsharded(value: torch.Tensor) -> torch.Tensor:
     """A copy of a weight, which under ZeRO-3 is sharded; of any other tensor, itself."""
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -94,60 +103,65 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def train(
     changes: dict[str, Any],
     steps: int,
-    expert_parallel: int,
+    degrees: int | dict[str, int],
     precision: str = "fp32",
     force: str | None = None,
     padded: bool = False,
 ) -> Outcome:
     """Train a small model on this rank's part of each global batch; all ranks call it together.
 
-    ``force`` bends the router: ``starve`` leaves expert 0 without rows on rank 0 in the first micro-batch, ``all_null``
-    sends every token of rank 0's first micro-batch to null experts only. ``padded`` marks the ends of samples as
-    padding, of some more than of others.
+    ``degrees`` are those of the section ``parallel``, or the expert-parallel degree alone. ``force`` bends the router:
+    ``starve`` leaves expert 0 without rows in the first micro-batch, ``all_null`` sends every token of it to null
+    experts only. ``padded`` marks the ends of samples as padding, of some more than of others.
     """
     import torch.distributed as dist
 
     from adamoe_dist import platform
     from adamoe_dist.config import config_from_dict, resolve
     from adamoe_dist.model import build_model
-    from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
+    from adamoe_dist.parallel import (
+        Launch,
+        Schedule,
+        TrainingEngine,
+        data_parallel_rank,
+        destroy_groups,
+        initialize_groups,
+    )
     from adamoe_dist.training.load_control import load_controller
 
     launch = Launch.from_environment()
-    config = config_from_dict(merged(merged(BASE, changes), {"parallel": {"expert": expert_parallel}}))
+    degrees = {"expert": degrees} if isinstance(degrees, int) else degrees
+    config = config_from_dict(merged(merged(BASE, changes), {"parallel": degrees}))
     resolved = resolve(config, launch.world_size)
+    layout = resolved.layout
     initialize_groups(launch, resolved)
     try:
         platform.seed_everything(config.run.seed, deterministic=False)
         dtype = DTYPES[precision]
         built = build_model(config, resolved, VOCAB, dtype, cuda=False)
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
+        schedule = Schedule(engine, built.model, dtype, torch.device("cpu"))
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
-        bend = Bend(built.model, force, resolved, launch.rank)
+        watch = Watch(built.model, force, data_parallel_rank(), layout.data)
         controller = load_controller(config, built.model)
         for step in range(steps):
             batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length)
-            micro = batch.split(resolved.micro_batch_size)[launch.rank :: resolved.data_parallel]
+            micro = batch.split(resolved.micro_batch_size)[data_parallel_rank() :: layout.data]
             assert len(micro) == resolved.micro_batches_per_rank
-            total = torch.zeros(())
             for layer in built.model.moe_layers:
                 layer.counters.reset()
             capture = GradientCapture(built.model) if step == 0 else None
-            for index, tokens in enumerate(micro):
-                bend.micro_batch = index * resolved.data_parallel + launch.rank
-                loss = engine(tokens, padding_of(tokens) if padded else None).mean()
-                engine.backward(loss, len(micro))
-                total += loss.detach() / len(micro)
-                if step == index == 0:
-                    outcome.first_micro_batch = [counted(layer)[1] for layer in built.model.moe_layers]
+            watch.start_step()
+            total = schedule.run(micro, [padding_of(tokens) for tokens in micro] if padded else None)
             if capture:
-                outcome.gradients = gathered(built.model, capture.reduced(resolved))
+                outcome.first_micro_batch = watch.first_micro_batch
+                outcome.gradients = gathered(built.model, capture.reduced(layout))
             engine.set_learning_rate(config.optimizer.learning_rate)
             engine.step()
             dist.all_reduce(total)
-            outcome.losses.append(float(total) / resolved.data_parallel)
+            outcome.losses.append(float(total) / (layout.replicas * layout.tensor))
             outcome.norms.append(engine.gradient_norm())
-            outcome.balance_losses.append(mean_balance_loss(built.model))
+            outcome.balance_losses.append(mean_balance_loss(built.model, layout.tensor))
             if controller is not None:
                 controller.update(step)
         outcome.weights = gathered(built.model, dict(built.model.named_parameters()))
@@ -160,7 +174,9 @@ def train(
 
 def biases_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The selection biases of this rank, where there are any."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+    from adamoe_dist.model import canonical_buffers
+
+    return {name: buffer.clone() for name, buffer in canonical_buffers(model).items() if name.endswith("expert_bias")}
 
 
 def counted(layer: Any) -> tuple[dict[str, float], tuple[list[int], list[int]]]:
@@ -171,8 +187,8 @@ def counted(layer: Any) -> tuple[dict[str, float], tuple[list[int], list[int]]]:
     return sums, (statistics.tokens_by_load_L.tolist(), statistics.expert_counts_E.tolist())
 
 
-def mean_balance_loss(model: Any) -> float:
-    """Mean over all ranks' micro-batches and layers of what was counted in this step."""
+def mean_balance_loss(model: Any, tensor: int) -> float:
+    """Mean over micro-batches and layers of what was counted in this step; tensor-parallel ranks add up to one."""
     import torch.distributed as dist
 
     total = torch.zeros(2, dtype=torch.float64)
@@ -180,7 +196,7 @@ def mean_balance_loss(model: Any) -> float:
         sums = counted(layer)[0]
         total += torch.tensor([sums["balance_loss"], sums["micro_batches"]], dtype=torch.float64)
     dist.all_reduce(total)
-    return float(total[0] / total[1])
+    return float(total[0] / total[1]) * tensor
 
 
 class GradientCapture:
@@ -199,38 +215,49 @@ class GradientCapture:
 
         return add
 
-    def reduced(self, resolved: Any) -> dict[str, torch.Tensor]:
+    def reduced(self, layout: Any) -> dict[str, torch.Tensor]:
         """The mean over data-parallel ranks, by torch.distributed itself: what ZeRO must arrive at."""
         import torch.distributed as dist
         from megatron.core import parallel_state
 
+        from adamoe_dist.parallel import replicas_group
+
         for handle in self.handles:
             handle.remove()
         for name, parameter in self.model.named_parameters():
-            sharded = getattr(parameter, "is_expert", False) and resolved.expert_parallel > 1
-            group = (
-                parallel_state.get_expert_data_parallel_group() if sharded else parallel_state.get_data_parallel_group()
-            )
+            is_apart = getattr(parameter, "is_expert", False) and layout.experts_are_apart
+            group = parallel_state.get_expert_data_parallel_group() if is_apart else replicas_group()
             dist.all_reduce(self.sums[name], group=group)
-            self.sums[name] /= resolved.data_parallel
+            self.sums[name] /= layout.replicas
         return self.sums
 
 
-class Bend:
-    """Overrides the scores of global micro-batch 0 so that a case of interest occurs in every layout."""
+class Watch:
+    """Follows the micro-batches through the model: bends the router in the first of all, reads the first's counts."""
 
-    def __init__(self, model: torch.nn.Module, force: str | None, resolved: Any, rank: int) -> None:
-        self.micro_batch = -1
-        if force is None:
-            return
-        for layer in model.moe_layers:
-            original = layer.router.gating
-            layer.router.gating = self._bent(original, force, layer.config.moe.num_experts)
+    def __init__(self, model: Any, force: str | None, rank: int, ranks: int) -> None:
+        self.model, self.rank, self.ranks = model, rank, ranks
+        self.forward_passes = 0
+        self.first_micro_batch: list[tuple[list[int], list[int]]] = []
+        model.register_forward_pre_hook(self._before)
+        model.register_forward_hook(self._after)
+        for layer in model.moe_layers if force else []:
+            layer.router.gating = self._bent(layer.router.gating, str(force), layer.config.moe.num_experts)
+
+    def start_step(self) -> None:
+        self.forward_passes = 0
+
+    def _before(self, *_: Any) -> None:
+        self.forward_passes += 1
+
+    def _after(self, *_: Any) -> None:
+        if not self.first_micro_batch:
+            self.first_micro_batch = [counted(layer)[1] for layer in self.model.moe_layers]
 
     def _bent(self, original: Any, force: str, num_experts: int) -> Any:
         def gating(hidden: torch.Tensor) -> torch.Tensor:
             scores = original(hidden)
-            if self.micro_batch == 0:
+            if self.forward_passes == 1 and self.rank == 0:
                 shift = torch.zeros_like(scores)
                 if force == "starve":
                     shift[:, 0] = -1e4

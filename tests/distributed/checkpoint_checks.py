@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import BASE, VOCAB, Outcome, biases_of, gathered, merged, tokens_of
+from tests.distributed.cases import BASE, DTYPES, VOCAB, Outcome, biases_of, gathered, merged, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Run:
         self.resolved = resolve(self.config, self.launch.world_size)
         initialize_groups(self.launch, self.resolved)
         platform.seed_everything(seed, deterministic=False)
-        dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+        dtype = DTYPES[layout.precision]
         changed_seed = merged(layout.tree(), {"run": {"seed": seed}})
         model = build_model(config_from_dict(changed_seed), self.resolved, VOCAB, dtype, cuda=False).model
         self.engine = TrainingEngine(model, self.config, self.resolved, dtype, self.config.moe.num_experts)

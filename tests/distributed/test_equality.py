@@ -128,9 +128,7 @@ def test_the_clipped_first_sgd_step_is_the_captured_gradient(ranks_of):
 @pytest.mark.parametrize(("world", "expert_parallel"), [(2, 2), (4, 2)], ids=["EP2", "EP2xEDP2"])
 def test_experts_without_rows_do_not_disturb_training(ranks_of, world, expert_parallel, force, stage):
     single = reference(ranks_of, COMMON, "fp32", force, steps=FEW)
-    outcomes = ranks_of(world).run(
-        train, staged(COMMON, stage), FEW, expert_parallel, "fp32", force
-    )
+    outcomes = ranks_of(world).run(train, staged(COMMON, stage), FEW, expert_parallel, "fp32", force)
     for outcome in (single, outcomes[0]):
         for tokens_by_load, expert_counts in outcome.first_micro_batch:
             assert sum(tokens_by_load) == 32
@@ -174,9 +172,7 @@ def test_bf16_training_stays_near_one_process(ranks_of, world, expert_parallel, 
     Measured over three steps: losses differ by 9e-6, norms by 4e-4 with expert parallelism; nothing without it.
     """
     single = reference(ranks_of, COMMON, "bf16", steps=BF16_STEPS)
-    outcomes = ranks_of(world).run(
-        train, staged(COMMON, stage), BF16_STEPS, expert_parallel, "bf16"
-    )
+    outcomes = ranks_of(world).run(train, staged(COMMON, stage), BF16_STEPS, expert_parallel, "bf16")
     assert_replicas_are_equal(outcomes)
     losses, norms = worst(outcomes[0].losses, single.losses), worst(outcomes[0].norms, single.norms)
     print(f"{losses=:.1e} {norms=:.1e}")
