@@ -20,6 +20,7 @@ from adamoe_dist.parallel.optimizer import (
     parameter_groups,
 )
 from adamoe_dist.parallel.pipeline import Schedule
+from adamoe_dist.parallel.stage3 import update_weights_of_stage_3
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
@@ -45,5 +46,6 @@ __all__ = [
     "parameter_groups",
     "replicas_group",
     "stage_group",
+    "update_weights_of_stage_3",
     "verify_wiring",
 ]

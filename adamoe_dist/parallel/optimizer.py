@@ -84,6 +84,8 @@ def choose_implementation(config: Config) -> tuple[str, str]:
         reason = "auto: the optimizer is offloaded"
     else:
         problem, fastest, way_out = apex_problem(), "apex", "install it from NVIDIA's source or use torch"
+        if config.zero.stage == 3:
+            problem, way_out = "zero.stage=3 updates in parts, each of which FusedAdam counts as a step", "use torch"
         reason = "auto: NVIDIA apex is installed"
     if problem is None:
         return fastest, "as configured" if requested == fastest else reason

@@ -117,6 +117,17 @@ def resume(layout: Layout, path: Path, more: int, again: Path | None = None) -> 
         return run.advance(range(state["step"], state["step"] + more)), state
 
 
+def continue_and_save(layout: Layout, path: Path, root: Path, step: int) -> Outcome:
+    """Load into an engine of other initial weights, train one step and save."""
+    from adamoe_dist.checkpoint import load_checkpoint
+
+    with started(layout, seed=99) as run:
+        load_checkpoint(path, run.engine)
+        outcome = run.advance(range(step, step + 1))
+        run.save(root, step + 1)
+        return outcome
+
+
 def load_after_steps(layout: Layout, path: Path, more: int) -> Outcome:
     """Load into an engine that has done steps already."""
     from adamoe_dist.checkpoint import load_checkpoint
