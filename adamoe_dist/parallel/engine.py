@@ -175,7 +175,7 @@ class TrainingEngine:
         """Run one backward pass.
 
         DeepSpeed closes a micro-batch's accounts when the next forward begins. A schedule may run two backward passes
-        in a row; without the call below its sharded optimizers lose gradients of the second, without a message.
+        in a row; without the call below stage 3 loses gradients of the first, without a message.
         """
         clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:

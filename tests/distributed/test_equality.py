@@ -12,6 +12,7 @@ import torch
 
 from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
+from tests.distributed.zero_checks import staged
 
 pytestmark = pytest.mark.distributed
 
@@ -24,8 +25,7 @@ LAYOUTS = [(2, 2), (2, 1), (4, 2)]
 LAYOUT_NAMES = ["EP2", "DP2", "EP2xEDP2"]
 STAGES = [0, 1, 2, 3]
 STEPS, FEW, BF16_STEPS = 5, 2, 3
-SHARD_ALL = {"zero": {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}}
-"""Without it ZeRO-3 keeps weights as small as these whole on every rank."""
+
 
 RanksOf = Callable[[int], Ranks]
 _REFERENCES: dict[str, Outcome] = {}
@@ -37,10 +37,6 @@ def reference(ranks_of: RanksOf, changes: dict[str, Any], *arguments: Any, steps
     if key not in _REFERENCES:
         _REFERENCES[key] = ranks_of(1).run(train, changes, steps, 1, *arguments)[0]
     return _REFERENCES[key]
-
-
-def staged(changes: dict[str, Any], stage: int) -> dict[str, Any]:
-    return merged(merged(changes, {"zero": {"stage": stage}}), SHARD_ALL if stage == 3 else {})
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> float:

@@ -33,6 +33,8 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
         unmarked(model)
     elif kind == "one unmarked":
         next(p for n, p in reversed(list(model.named_parameters())) if "weight2" in n).allreduce = True
+    elif kind == "unflagged":
+        next(p for n, p in model.named_parameters() if "weight1" in n).tensor_model_parallel = False
     elif kind == "data group for experts":
         tables._EXPERT_DATA_PARALLEL_GROUP[name] = parallel_state.get_data_parallel_group()
     elif kind == "swapped groups":
@@ -78,10 +80,11 @@ def build(kind: str, expert_parallel: int, stage: int) -> str:
         destroy_groups()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("kind", "world", "message"),
     [
+        ("unflagged", 2, "would count in the gradient norm on the first tensor-parallel rank only"),
         ("unmarked", 2, "would be reduced over all data-parallel ranks"),
         ("one unmarked", 2, "would be reduced over all data-parallel ranks"),
         ("no experts", 2, "has_moe_layers=False"),
@@ -100,7 +103,8 @@ def test_wrong_wiring_is_refused(ranks_of, kind, world, message, stage):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_right_wiring_is_accepted(ranks_of, world):
-    assert ranks_of(world).run(build, "nothing", min(world, 2), 1) == [""] * world
+    for stage in (0, 1, 3):
+        assert ranks_of(world).run(build, "nothing", min(world, 2), stage) == [""] * world
 
 
 def balance_gradients(micro_batches: int) -> dict[str, torch.Tensor]:
