@@ -124,7 +124,7 @@ class ZeroState:
     def _create_states(self) -> None:
         """Create missing moments and tell DeepSpeed of those of all groups.
 
-        ZeRO-1 and ZeRO-2 link the moments of all groups after the first group's first update, when the others have none.
+        Stages 1 and 2 link the moments of all groups after the first group's first update, when the others have none.
         """
         for shard, group in self._shards():
             for moment in self.moments:

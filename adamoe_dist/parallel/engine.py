@@ -163,7 +163,7 @@ class TrainingEngine:
         self._backward(loss / micro_batches)
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """Add the gradient that arrives at ``output``, which is no loss, from elsewhere; :meth:`start_step` came before.
+        """Add the gradient that arrives at ``output``, which is no loss; :meth:`start_step` came before.
 
         Args:
             output: what the model computed, of any shape.

@@ -65,6 +65,7 @@ class UnshardedOptimizer:
         """Return the sums that the engine is to reduce: dense ones, and experts' by their group's name."""
         dense: list[Tensor] = []
         experts: dict[str, list[Tensor]] = {}
+        parameter: Any
         for parameter in self.parameters:
             if parameter not in self._gradients:
                 self._gradients[parameter] = torch.zeros_like(self._masters[parameter], requires_grad=False)

@@ -140,13 +140,13 @@ def _reductions(engine: Any) -> Iterator[tuple[int, torch.nn.Parameter, dist.Pro
                 yield index, parameter, optimizer.real_dp_process_group[index]
 
 
-def _group_of_stage_0(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+def _group_of_stage_0(parameter: Any) -> dist.ProcessGroup:
     if is_moe_param(parameter):
         return deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)
     return deepspeed_groups._get_sequence_data_parallel_group()
 
 
-def _group_of_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+def _group_of_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, parameter: Any) -> dist.ProcessGroup:
     """Return the ranks that shard a weight; they reduce it, and the mean is over all data-parallel ranks if marked."""
     averaged_over = optimizer._gradient_averaging_world_size([parameter], parameter.ds_process_group.size())
     if averaged_over != replicas_group().size():

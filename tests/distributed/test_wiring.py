@@ -29,11 +29,7 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
 
     name = f"ep_size_{expert_parallel}"
     original_groups, original_initialize = engine_module.parameter_groups, engine_module._initialize
-    if kind == "unmarked":
-        unmarked(model)
-    elif kind == "one unmarked":
-        next(p for n, p in reversed(list(model.named_parameters())) if "weight2" in n).allreduce = True
-    elif kind == "unflagged":
+    if kind == "unflagged":
         next(p for n, p in model.named_parameters() if "weight1" in n).tensor_model_parallel = False
     elif kind == "data group for experts":
         tables._EXPERT_DATA_PARALLEL_GROUP[name] = parallel_state.get_data_parallel_group()
@@ -49,7 +45,18 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
     def without_experts(model: Any, optimizer: Any, settings: Any, expert_counts: Any) -> Any:
         return original_initialize(model, optimizer, settings, ())
 
+    original_marks = engine_module.mark_experts
+
+    def without_marks(*arguments: Any) -> None:
+        original_marks(*arguments)
+        if kind == "unmarked":
+            unmarked(model)
+        else:
+            next(p for n, p in reversed(list(model.named_parameters())) if "weight2" in n).allreduce = True
+
     with contextlib.ExitStack() as stack:
+        if kind in ("unmarked", "one unmarked"):
+            stack.enter_context(mock.patch.object(engine_module, "mark_experts", without_marks))
         if kind == "missing parameter":
             stack.enter_context(mock.patch.object(engine_module, "parameter_groups", without_one))
         if kind == "no experts":
@@ -126,7 +133,7 @@ def balance_gradients(micro_batches: int) -> dict[str, torch.Tensor]:
         tokens = tokens_of(0, 2, config.model.sequence_length)
         for _ in range(micro_batches):
             engine.backward(engine(tokens).mean() * 0.0, micro_batches)
-        result = capture.reduced(resolved)
+        result = capture.reduced(resolved.layout)
         engine.step()
         result["norm"] = torch.tensor(engine.gradient_norm())
         engine.close()
