@@ -56,9 +56,9 @@ def verify_wiring(engine: Any, model: torch.nn.Module, resolved: Resolved, befor
     layout = resolved.layout
     if bool(engine.has_moe_layers) != layout.experts_are_apart:
         raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers} with the layout {layout.explain()}")
+    _verify_groups(engine, model)
     if layout.experts_are_apart:
         _verify_not_overwritten(model, before)
-    _verify_groups(engine, model)
 
 
 def verify_marks(model: torch.nn.Module, layout: Layout) -> None:
@@ -97,8 +97,9 @@ def _verify_tensor_marks(model: torch.nn.Module) -> None:
 
 
 def _verify_not_overwritten(model: torch.nn.Module, before: dict[str, float]) -> None:
+    after = checksum_experts(model)  # all before the first refusal: under stage 3 ranks gather weights together
     for name, parameter in experts_of(model).items():
-        now, then = _checksum(parameter), before[name]
+        now, then = after[name], before[name]
         if abs(now - then) > 1e-2 * (abs(then) + _numel(parameter) ** 0.5):
             raise WiringError(
                 f"{name} changed while the engine was built ({then} to {now}): overwritten by a broadcast"
