@@ -11,10 +11,11 @@ class OptimizerConfig:
     """The weight update."""
 
     type: Literal["adamw", "sgd"] = key("adamw", "adamw (decoupled weight decay) or plain sgd.")
-    implementation: Literal["auto", "torch", "apex"] = key(
+    implementation: Literal["auto", "torch", "apex", "deepspeed_cpu"] = key(
         "auto",
-        "torch: torch.optim (fused on CUDA); apex: NVIDIA apex FusedAdam, refused where it is not installed; auto: "
-        "apex where CUDA and NVIDIA apex are present, else torch.",
+        "torch: torch.optim (fused on CUDA); apex: NVIDIA apex FusedAdam, refused where it is not installed; "
+        "deepspeed_cpu: DeepSpeed's CPU Adam, for zero.offload_optimizer; auto: deepspeed_cpu with "
+        "zero.offload_optimizer where it can be compiled, apex where CUDA and NVIDIA apex are present, else torch.",
     )
     learning_rate: float = key(3e-4, "Peak learning rate.", above=0)
     beta1: float = key(0.9, "Decay of AdamW's first moment.", at_least=0, below=1)

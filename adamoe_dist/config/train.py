@@ -18,9 +18,16 @@ class TrainConfig:
         "16384 tokens.",
         at_least=1,
     )
-    precision: Literal["auto", "fp32", "bf16"] = key(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
         "auto",
-        "fp32 or bf16 (fp32 masters, accumulation and gradient reduction); auto: bf16 on CUDA, fp32 on CPU.",
+        "fp32, bf16, or fp16 with dynamic loss scaling on CUDA (masters, accumulation and gradient reduction are "
+        "fp32); auto: bf16 on CUDA, fp32 on CPU.",
+    )
+    recompute: Literal["none", "selective", "full"] = key(
+        "none",
+        "Activations computed again in the backward pass instead of kept. selective: those inside true experts, the "
+        "shared expert and dense feed-forward layers, with no communication; full: all inside each layer, dispatch "
+        "and its all-to-all included.",
     )
     gradient_clipping: float = key(1.0, "Largest global gradient norm (0: no clipping).", at_least=0)
     validation_interval: int | None = key(

@@ -23,6 +23,8 @@ OWNED_DEEPSPEED_KEYS = {
     "data_types": "train.precision",
     "communication_data_type": "train.precision",
     "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer": "zero.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer.implementation",
     "zero_optimization.reduce_scatter": "nothing: expert gradients need it on",
     "zero_optimization.contiguous_gradients": "nothing: expert gradients need it on",
     "tensorboard": "monitor.tensorboard",
@@ -229,13 +231,28 @@ def _check_training(config: Config, problems: list[str]) -> None:
         problems.append(
             f"schedule.total_steps={total} is less than train.steps={config.train.steps}; raise it or lower train.steps"
         )
-    if config.optimizer.type == "sgd" and config.optimizer.implementation == "apex":
-        problems.append("optimizer.implementation=apex is for optimizer.type=adamw; with sgd use auto or torch")
+    _check_optimizer(config, problems)
     if config.checkpoint.load_weights and config.checkpoint.resume != "none":
         problems.append(
             f"checkpoint.load_weights={config.checkpoint.load_weights} starts a new run but checkpoint.resume="
             f"{config.checkpoint.resume} continues one; set one of them"
         )
+
+
+def _check_optimizer(config: Config, problems: list[str]) -> None:
+    implementation, is_offloaded = config.optimizer.implementation, config.zero.offload_optimizer
+    name = f"optimizer.implementation={implementation}"
+    if config.optimizer.type == "sgd" and implementation in ("apex", "deepspeed_cpu"):
+        problems.append(f"{name} is for optimizer.type=adamw; with sgd use auto or torch")
+    if is_offloaded and config.zero.stage == 0:
+        problems.append(
+            "zero.offload_optimizer=True needs a sharded optimizer and zero.stage=0 has none; use zero.stage=1 or "
+            "more, or set zero.offload_optimizer=false"
+        )
+    if is_offloaded and implementation == "apex":
+        problems.append(f"{name} updates on CUDA and zero.offload_optimizer=True on the CPU; use auto or torch")
+    if not is_offloaded and implementation == "deepspeed_cpu":
+        problems.append(f"{name} is for an offloaded optimizer; set zero.offload_optimizer=true or use auto")
 
 
 def _check_deepspeed(config: Config, problems: list[str]) -> None:

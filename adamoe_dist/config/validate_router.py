@@ -84,6 +84,11 @@ def _check_router_options(config: Config, problems: list[str]) -> None:
             f"{config.parallel.pipeline} would have to send from stage to stage; set parallel.pipeline=1 or "
             "moe.router.gating_residual=false"
         )
+    if router.gating_residual and config.train.recompute == "full":
+        problems.append(
+            "moe.router.gating_residual=True hands scores from layer to layer, which train.recompute=full would run "
+            "out of turn; use train.recompute=selective or none, or set moe.router.gating_residual=false"
+        )
 
 
 def _check_grouped_balance(config: Config, problems: list[str]) -> None:

@@ -6,6 +6,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from adamoe_dist.experts.kernels import KERNELS
 
@@ -48,6 +49,7 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.kernel = KERNELS[config.experts_kernel]
+        self.is_recomputed = config.recompute_granularity == "selective"
         self.ep_size, self.ep_rank = pg_collection.ep.size(), pg_collection.ep.rank()
         self.tensor_size, self.tensor_rank = pg_collection.expt_tp.size(), pg_collection.expt_tp.rank()
         self.inner_width, rest = divmod(config.moe_ffn_hidden_size, self.tensor_size)
@@ -92,7 +94,10 @@ class GroupedExperts(MegatronModule):
         Returns:
             ``((P, H), None)``: Megatron's pair of output (of this rank's slice of F) and bias.
         """
-        return self.kernel(rows_PH, self.weight1, self.weight2, tokens_per_expert, weights_P), None
+        inputs = (rows_PH, self.weight1, self.weight2, tokens_per_expert, weights_P)
+        if self.is_recomputed and torch.is_grad_enabled():
+            return checkpoint(self.kernel, *inputs, use_reentrant=False, preserve_rng_state=False), None
+        return self.kernel(*inputs), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are part of the backward pass (Megatron's interface for delaying them)."""

@@ -1,6 +1,7 @@
 """From the configuration tree to Megatron's TransformerConfig."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ def transformer_config(
         use_cpu_initialization=True,
         init_method_std=model.init_std,
         params_dtype=torch.float32,
+        fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tensor,
@@ -83,11 +85,25 @@ def transformer_config(
         moe_z_loss_coeff=(moe.router.z_loss_coefficient * layout.context or None) if baseline else None,
         moe_token_dispatcher_type="alltoall",
         moe_flex_dispatcher_backend=moe.dispatcher.flex_backend,
+        **recomputation(config),
         moe=moe,
         experts_kernel=experts_kernel,
         seed=config.run.seed,
         expert_nodes=expert_nodes,
     )
+
+
+def recomputation(config: Config) -> dict[str, Any]:
+    """Return Megatron's arguments for ``train.recompute``.
+
+    ``selective`` names the feed-forward modules whose inner width makes their activations large and that communicate
+    nothing; the true experts see to themselves. The attention kernels keep no score matrix that would be worth it.
+    """
+    if config.train.recompute == "none":
+        return {}
+    if config.train.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp", "shared_experts"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def is_moe_layer(config: Config, layer: int) -> bool:

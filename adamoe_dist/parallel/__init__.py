@@ -11,28 +11,41 @@ from adamoe_dist.parallel.groups import (
     replicas_group,
     stage_group,
 )
-from adamoe_dist.parallel.optimizer import apex_problem, build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.optimizer import (
+    apex_problem,
+    build_optimizer,
+    choose_implementation,
+    cpu_adam_problem,
+    is_trained,
+    parameter_groups,
+)
 from adamoe_dist.parallel.pipeline import Schedule
+from adamoe_dist.parallel.stage3 import update_weights_of_stage_3
+from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
     "Launch",
     "Schedule",
     "TrainingEngine",
+    "UnshardedOptimizer",
     "WiringError",
     "apex_problem",
     "build_optimizer",
     "check_port",
     "checksum_experts",
     "choose_implementation",
+    "cpu_adam_problem",
     "data_parallel_rank",
     "deepspeed_config",
     "destroy_groups",
     "expert_group_name",
     "experts_of",
     "initialize_groups",
+    "is_trained",
     "parameter_groups",
     "replicas_group",
     "stage_group",
+    "update_weights_of_stage_3",
     "verify_wiring",
 ]

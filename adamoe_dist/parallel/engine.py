@@ -1,10 +1,11 @@
-"""DeepSpeed's engine over Megatron's experts: ZeRO-1 and ZeRO-2, accumulation, clipping."""
+"""DeepSpeed's engine over Megatron's experts: ZeRO stages 0 to 3, accumulation, loss scales, clipping."""
 
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
@@ -12,14 +13,16 @@ from adamoe_dist.config import Config, Layout, Resolved
 from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
-from adamoe_dist.parallel.optimizer import build_optimizer, parameter_groups
+from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.stage3 import forget_model
+from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, verify_marks, verify_wiring
 
 
 class MegatronExpertEngine(DeepSpeedEngine):
     """A DeepSpeed engine that knows that its module has experts, though none is DeepSpeed's own MoE layer.
 
-    Without this ZeRO would average experts over ranks that hold different ones.
+    Without this ZeRO would average experts over ranks that hold different ones. Stage 0 has this project's optimizer.
     """
 
     expert_counts: tuple[int, ...] = ()
@@ -28,6 +31,27 @@ class MegatronExpertEngine(DeepSpeedEngine):
         self.has_moe_layers = bool(self.expert_counts)
         self.num_experts = list(self.expert_counts)
         super()._configure_distributed_model(model)
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        if self.zero_optimization():
+            super()._configure_optimizer(client_optimizer, model_parameters)
+            return
+        self.basic_optimizer = client_optimizer
+        dtype, arguments = self.get_data_types()[0], self.dynamic_loss_scale_args()
+        scaler = CreateLossScaler(dtype, self.loss_scale(), self.dynamic_loss_scale(), arguments)
+        self.optimizer = UnshardedOptimizer(client_optimizer, scaler, self.gradient_clipping())
+
+    def clip_fp32_gradients(self) -> None:
+        """Do nothing: the optimizer of stage 0 clips, by the exact norm."""
+
+    def backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """Run the backward pass of a scaled loss; DeepSpeed scales for its own optimizers only."""
+        if isinstance(self.optimizer, UnshardedOptimizer):
+            loss = loss * self.optimizer.loss_scale
+        return super().backward(loss, *arguments, **keywords)
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """Accept: experts carry the marks by which stage 3 shards DeepSpeed's own, and ``verify_wiring`` checks."""
 
 
 def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
@@ -38,7 +62,9 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
     optimizers has no SGD; ZeRO shards any element-wise update correctly.
     """
     extra = dict(config.zero.deepspeed)
-    zero = {"stage": config.zero.stage, "reduce_scatter": True, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": config.zero.stage, "reduce_scatter": True, "contiguous_gradients": True}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero.update(extra.pop("zero_optimization", {}))
     return {
         "train_batch_size": resolved.micro_batch_size * resolved.layout.replicas,
@@ -47,10 +73,12 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.train.gradient_clipping,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         **extra,
     }
@@ -62,7 +90,10 @@ def mark_experts(model: torch.nn.Module, layout: Layout) -> None:
         if getattr(parameter, "is_expert", False):
             parameter.allreduce = not layout.experts_are_apart  # type: ignore[attr-defined]
             if layout.experts_are_apart:
-                parameter.group_name = expert_group_name(layout.expert)  # type: ignore[attr-defined]
+                name = expert_group_name(layout.expert)
+                parameter.group_name = name  # type: ignore[attr-defined]
+                parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+                parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
 
 
 class TrainingEngine:
@@ -92,11 +123,15 @@ class TrainingEngine:
         before = checksum_experts(model)
         sum_over_tensor_ranks(model)
         self._tied = tied_embedding(model, config.model.tie_embeddings)
-        optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay))
+        implementation, _ = choose_implementation(config)
+        optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay), implementation)
         settings = deepspeed_config(config, resolved, dtype)
         expert_counts = (num_experts,) if resolved.layout.experts_are_apart else ()
         self.deepspeed = _initialize(model, optimizer, settings, expert_counts)
         self.model = model
+        self.is_scaled = dtype == torch.float16
+        if self.is_scaled:
+            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
         try:
             verify_wiring(self.deepspeed, model, resolved, before)
         except WiringError:
@@ -118,34 +153,56 @@ class TrainingEngine:
 
     def start_step(self, micro_batches: int) -> None:
         """Say how many micro-batches make the step: auxiliary losses are scaled by it in every stage of a pipeline."""
-        device = next(self.model.parameters()).device
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / micro_batches, device=device))
+        self._set_auxiliary_scale(micro_batches)
         if self._tied is not None:
             self._tied.start_step(micro_batches)
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """Add the gradient of one of ``micro_batches`` micro-batches of this rank."""
-        scale = torch.tensor(1.0 / micro_batches, device=loss.device)
-        MoEAuxLossAutoScaler.set_loss_scale(scale)
-        self._forget_last_backward()
-        self.deepspeed.backward(loss / micro_batches)
+        self._set_auxiliary_scale(micro_batches)
+        self._backward(loss / micro_batches)
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """Add the gradient that ``gradient``, that of ``output``, gives: a pipeline stage's backward pass."""
-        self._forget_last_backward()
-        self.deepspeed.backward(_Seeded.apply(output, gradient))
+        """Add the gradient that arrives at ``output``, which is no loss; :meth:`start_step` came before.
 
-    def _forget_last_backward(self) -> None:
-        """Let DeepSpeed take a backward pass that follows another without a forward pass between them for a new one.
+        Args:
+            output: what the model computed, of any shape.
+            gradient: with respect to it; divided by the micro-batches and scaled already, it is taken as it is.
+        """
+        self._backward(_Seeded.apply(output, gradient))
 
-        It would drop the gradients of all but the first in ZeRO-2 and with fp32 accumulation of bf16 gradients.
+    def _backward(self, scalar: Tensor) -> None:
+        """Run one backward pass.
+
+        DeepSpeed closes a micro-batch's accounts when the next forward begins. A schedule may run two backward passes
+        in a row; without the call below stage 3 loses gradients of the first, without a message.
         """
         clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
             clear()
+        self.deepspeed.backward(scalar)
+
+    def _set_auxiliary_scale(self, micro_batches: int) -> None:
+        device = next(self.model.parameters()).device
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(self.loss_scale / micro_batches, device=device))
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied with before the backward pass: 1 but for fp16."""
+        return float(self.deepspeed.optimizer.loss_scaler.loss_scale) if self.is_scaled else 1.0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because the fp16 gradient overflowed."""
+        return int(self.deepspeed.skipped_steps) if self.is_scaled else 0
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the last step was."""
+        return bool(self.is_scaled and self.deepspeed.optimizer.overflow)
 
     def step(self) -> None:
-        """Reduce, clip and update."""
+        """Reduce, clip and update; under fp16 skip the update where the gradient overflowed."""
         self.deepspeed.step()
         if self._tied is not None:
             self._tied.finish_step()
@@ -158,9 +215,10 @@ class TrainingEngine:
     def close(self) -> None:
         """Let go of the model: DeepSpeed's hooks would keep it, and its groups, for the life of the process."""
         self.deepspeed.destroy()
+        forget_model(self.model)
 
     def gradient_norm(self) -> float:
-        """Return the global gradient norm of the last step, before clipping."""
+        """Return the global gradient norm of the last step, before clipping; infinite where it was skipped."""
         return float(self.deepspeed.get_global_grad_norm())
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -3,15 +3,20 @@
 Wrong wiring trains without an error message and to a wrong model; it is looked for once, before the first step.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+import deepspeed.utils.groups as deepspeed_groups
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from adamoe_dist.config import Layout, Resolved
-from adamoe_dist.model import is_tied_copy
-from adamoe_dist.parallel.groups import expert_group_name, replicas_group
+from adamoe_dist.parallel.groups import expert_group_name, reduction_group, replicas_group
+from adamoe_dist.parallel.optimizer import is_trained
+from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 
 
 class WiringError(RuntimeError):
@@ -30,7 +35,9 @@ def checksum_experts(model: torch.nn.Module) -> dict[str, float]:
 
 
 def _checksum(parameter: torch.Tensor) -> float:
-    flat = parameter.detach().double().flatten().cpu()
+    """Return it; under stage 3 a weight is whole only inside DeepSpeed's context. Collective over who shards it."""
+    with GatheredParameters([parameter]):
+        flat = parameter.detach().double().flatten().cpu()
     return float((flat * torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64)).sum())
 
 
@@ -49,9 +56,9 @@ def verify_wiring(engine: Any, model: torch.nn.Module, resolved: Resolved, befor
     layout = resolved.layout
     if bool(engine.has_moe_layers) != layout.experts_are_apart:
         raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers} with the layout {layout.explain()}")
+    _verify_groups(engine, model)
     if layout.experts_are_apart:
         _verify_not_overwritten(model, before)
-    _verify_groups(engine, model, layout)
 
 
 def verify_marks(model: torch.nn.Module, layout: Layout) -> None:
@@ -59,17 +66,21 @@ def verify_marks(model: torch.nn.Module, layout: Layout) -> None:
 
     Raises:
         WiringError: naming the first expert that DeepSpeed would take for a dense weight, or the first weight whose
-            gradient would be a part of one.
+            gradient would be a part of one, or that the gradient norm would count wrongly.
     """
     if layout.tensor > 1:
         _verify_tensor_marks(model)
-    if not layout.experts_are_apart:
-        return
+    name_of_group = expert_group_name(layout.expert) if layout.experts_are_apart else None
     for name, parameter in experts_of(model).items():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            raise WiringError(f"{name} would count in the gradient norm on the first tensor-parallel rank only")
+        if name_of_group is None:
+            continue
         if getattr(parameter, "allreduce", True):
             raise WiringError(f"{name} is an expert but would be reduced over all data-parallel ranks")
-        if getattr(parameter, "group_name", None) != expert_group_name(layout.expert):
-            raise WiringError(f"{name} has group_name {getattr(parameter, 'group_name', None)!r}")
+        for mark in ("group_name", "ds_zero_partition_group_name"):
+            if getattr(parameter, mark, None) != name_of_group:
+                raise WiringError(f"{name} has {mark} {getattr(parameter, mark, None)!r}")
 
 
 def _verify_tensor_marks(model: torch.nn.Module) -> None:
@@ -86,30 +97,59 @@ def _verify_tensor_marks(model: torch.nn.Module) -> None:
 
 
 def _verify_not_overwritten(model: torch.nn.Module, before: dict[str, float]) -> None:
+    after = checksum_experts(model)  # all before the first refusal: under stage 3 ranks gather weights together
     for name, parameter in experts_of(model).items():
-        now, then = _checksum(parameter), before[name]
-        if abs(now - then) > 1e-2 * (abs(then) + parameter.numel() ** 0.5):
+        now, then = after[name], before[name]
+        if abs(now - then) > 1e-2 * (abs(then) + _numel(parameter) ** 0.5):
             raise WiringError(
                 f"{name} changed while the engine was built ({then} to {now}): overwritten by a broadcast"
             )
 
 
-def _verify_groups(engine: Any, model: torch.nn.Module, layout: Layout) -> None:
-    """Each parameter is in one ZeRO group, whose ranks are those that hold the same weights."""
-    optimizer = engine.optimizer
-    groups = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
-    over_dense = dist.get_process_group_ranks(replicas_group())
-    over_experts = dist.get_process_group_ranks(parallel_state.get_expert_data_parallel_group())
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad and not is_tied_copy(p)}
-    for index, group in enumerate(groups):
-        reduced_over = dist.get_process_group_ranks(optimizer.real_dp_process_group[index])
-        for parameter in group:
-            name = names.pop(id(parameter), None)
-            if name is None:
-                raise WiringError(f"optimizer group {index} holds a weight twice or one the model does not have")
-            is_sharded = getattr(parameter, "is_expert", False) and layout.experts_are_apart
-            wanted = over_experts if is_sharded else over_dense
-            if list(reduced_over) != list(wanted):
-                raise WiringError(f"{name} is sharded over ranks {list(reduced_over)}, must be over {list(wanted)}")
+def _numel(parameter: torch.Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _verify_groups(engine: Any, model: torch.nn.Module) -> None:
+    """Each parameter is in one optimizer group, and is reduced over the ranks that hold the same weights."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if is_trained(parameter)}
+    for index, parameter, group in _reductions(engine):
+        name = names.pop(id(parameter), None)
+        if name is None:
+            raise WiringError(f"optimizer group {index} holds a weight twice or one the model does not have")
+        over, wanted = (list(dist.get_process_group_ranks(ranks)) for ranks in (group, reduction_group(parameter)))
+        if over != wanted:
+            raise WiringError(f"{name} is reduced over ranks {over}, must be over {wanted}")
     if names:
         raise WiringError(f"no optimizer group holds {next(iter(names.values()))}")
+
+
+def _reductions(engine: Any) -> Iterator[tuple[int, torch.nn.Parameter, dist.ProcessGroup]]:
+    """Yield each parameter that the optimizer has, its group's index, and the ranks that DeepSpeed reduces it over."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, UnshardedOptimizer):
+        for index, group in enumerate(optimizer.parameter_groups):
+            for parameter in group:
+                yield index, parameter, _group_of_stage_0(parameter)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for index, group in enumerate(optimizer.fp16_groups):
+            for parameter in group:
+                yield index, parameter, _group_of_stage_3(optimizer, parameter)
+    else:
+        for index, group in enumerate(getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups):
+            for parameter in group:
+                yield index, parameter, optimizer.real_dp_process_group[index]
+
+
+def _group_of_stage_0(parameter: Any) -> dist.ProcessGroup:
+    if is_moe_param(parameter):
+        return deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)
+    return deepspeed_groups._get_sequence_data_parallel_group()
+
+
+def _group_of_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3, parameter: Any) -> dist.ProcessGroup:
+    """Return the ranks that shard a weight; they reduce it, and the mean is over all data-parallel ranks if marked."""
+    averaged_over = optimizer._gradient_averaging_world_size([parameter], parameter.ds_process_group.size())
+    if averaged_over != replicas_group().size():
+        raise WiringError(f"a weight of shape {tuple(parameter.ds_shape)} is averaged over {averaged_over} ranks")
+    return parameter.ds_process_group

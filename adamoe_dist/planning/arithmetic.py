@@ -77,34 +77,44 @@ def flops_per_token(config: Config, parameters: Parameters, true_experts_per_tok
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes of a rank's training state, activations and buffers of communication left out."""
+    """Bytes of a rank's training state, activations and buffers of communication left out.
+
+    ``host`` is what an offloaded optimizer keeps in CPU memory; the others are on the rank's device.
+    """
 
     weights: float
     gradients: float
     optimizer: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """What is on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
 def rank_memory(config: Config, resolved: Resolved, parameters: Parameters, precision: str) -> RankMemory:
     """Return the bytes of training state on one rank.
 
-    Weights are held in the compute precision. Stage 1 keeps the whole gradient (in bf16 with an fp32 accumulator
-    besides), stage 2 this rank's shard in fp32. fp32 masters and AdamW's two moments are sharded in both.
+    Weights are held in the compute precision, whole but in stage 3. Stages 0 and 1 keep the whole gradient in fp32
+    (stage 1 in bf16 the last micro-batch's bf16 gradient besides), stages 2 and 3 this rank's shard of it. fp32 masters
+    and AdamW's two moments are sharded from stage 1 on, and in CPU memory with a gradient of their size if offloaded.
+    In fp32 the weights of stage 0 are their own masters.
     """
-    local_expert = parameters.expert / resolved.expert_parallel
+    stage, local_expert = config.zero.stage, parameters.expert / resolved.expert_parallel
     local = parameters.dense + local_expert
     shard = parameters.dense / resolved.data_parallel + local_expert / resolved.expert_data_parallel
-    weight_bytes = 2 if precision == "bf16" else 4
-    whole_gradient = 2 + 4 if precision == "bf16" else 4
+    weight_bytes = 4 if precision == "fp32" else 2
+    has_low_gradient = stage == 1 and precision == "bf16" and not config.zero.offload_optimizer
+    masters = 0 if stage == 0 and precision == "fp32" else 4
     moments = 8 if config.optimizer.type == "adamw" else 0
+    state = (local if stage == 0 else shard) * (masters + moments)
+    is_offloaded = config.zero.offload_optimizer
     return RankMemory(
-        weights=local * weight_bytes,
-        gradients=local * whole_gradient if config.zero.stage == 1 else shard * 4,
-        optimizer=shard * (4 + moments),
+        weights=(shard if stage == 3 else local) * weight_bytes,
+        gradients=shard * 4 if stage >= 2 else local * (6 if has_low_gradient else 4),
+        optimizer=0.0 if is_offloaded else state,
+        host=state + shard * 4 if is_offloaded else 0.0,
     )
 
 
@@ -125,6 +135,7 @@ def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, pre
         f"parameters: {parameters.total:,} total, {parameters.active(load):,} active a token at that load "
         f"(vocabulary {padded_vocab_size})",
         f"training state a rank: {memory.total / 2**30:.3f} GiB = weights {memory.weights / 2**30:.3f} + gradients "
-        f"{memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f} (activations not counted)",
+        f"{memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f} (activations not counted)"
+        + (f"; in CPU memory {memory.host / 2**30:.3f} GiB" if memory.host else ""),
         f"compute: {flops_per_token(config, parameters, load) / 1e6:.2f} MFLOP a token, forward and backward",
     ]

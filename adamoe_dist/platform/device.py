@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import torch
 
+from adamoe_dist.errors import UserError
 from adamoe_dist.platform.host import keep_memory
 from adamoe_dist.platform.megatron_cpu import install_stand_ins
 
@@ -63,7 +64,13 @@ def communication_backend() -> str:
 
 
 def compute_precision(requested: str) -> str:
-    """Return ``train.precision`` with ``auto`` resolved: bf16 on CUDA, fp32 on CPU."""
+    """Return ``train.precision`` with ``auto`` resolved: bf16 on CUDA, fp32 on CPU.
+
+    Raises:
+        UserError: fp16 without CUDA.
+    """
+    if requested == "fp16" and not is_cuda():
+        raise UserError("train.precision=fp16 needs CUDA and there is none; use fp32 or bf16")
     if requested != "auto":
         return requested
     return "bf16" if is_cuda() else "fp32"

@@ -111,14 +111,23 @@ class Trainer:
         self._require_finite("loss", lm_loss, first_sample)
         self.engine.set_learning_rate(rate)
         self.engine.step()
-        norm = self.engine.gradient_norm()
-        self._require_finite("gradient norm", norm, first_sample)
+        norm = self._checked_norm(first_sample)
         if self._load_controller is not None:
             self._load_controller.update(self.step)
         self.step += 1
         self.tokens_seen += self.resolved.tokens_per_step
         platform.synchronize()
         return StepResult(self.step, lm_loss, norm, rate, time.perf_counter() - started)
+
+    def _checked_norm(self, first_sample: int) -> float:
+        """Return the gradient norm of the step: finite, or 0 where fp16 overflowed and the weights stayed."""
+        if not self.engine.is_skipped:
+            norm = self.engine.gradient_norm()
+            self._require_finite("gradient norm", norm, first_sample)
+            return norm
+        if self.engine.loss_scale <= 1.0:
+            self._stop(f"the fp16 gradient of step {self.step + 1} overflows at a loss scale of 1", first_sample)
+        return 0.0
 
     def _prepare_layers(self) -> None:
         coefficient = balance_coefficient(self.config, self.step)

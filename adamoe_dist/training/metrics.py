@@ -65,7 +65,8 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     ``true_experts_per_token`` counts what was selected; ``dropped_share`` of it exceeded an expert's capacity and was
     not computed, which ``expert_flops_saved`` counts too.
     ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
-    one step.
+    one step. ``loss_scale`` and ``skipped_steps``, of this process so far, are there under fp16; ``grad_norm`` of a
+    skipped step is 0.
 
     Args:
         trainer: the loop.
@@ -110,6 +111,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
             replace(layer, expert_bias_min=low, expert_bias_max=high)
             for layer, (low, high) in zip(layers, expert_biases(trainer), strict=True)
         ]
+    if trainer.engine.is_scaled:
+        record["loss_scale"] = trainer.engine.loss_scale
+        record["skipped_steps"] = trainer.engine.skipped_steps
     return record, layers
 
 

@@ -32,6 +32,8 @@ from adamoe_dist.training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def train(config: Config, resolved: Resolved) -> int:
     """Train and return the exit code.
@@ -58,6 +60,7 @@ def _check_before_groups(config: Config, launch: Launch) -> Path | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
     check_port(launch)
     check_run_directory(config)
+    platform.compute_precision(config.train.precision)
     choose_implementation(config)
     if config.moe.dispatcher.type == "flex":
         check_flex(config.moe.dispatcher.flex_backend)
@@ -122,7 +125,7 @@ def _train_in_groups(
 
 
 def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if platform.compute_precision(config.train.precision) == "bf16" else torch.float32
+    return PRECISIONS[platform.compute_precision(config.train.precision)]
 
 
 def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: BuiltModel) -> None:
@@ -132,6 +135,8 @@ def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: B
     logger.info("versions: %s", versions)
     logger.info("device: %s, collectives: %s", platform.device_name(), platform.communication_backend())
     logger.info("experts kernel: %s (%s)", built.experts_kernel, built.kernel_reason)
+    if config.zero.stage == 3:
+        logger.info("ZeRO stage 3 is experimental here: compare the first losses with stage 2")
     logger.info("optimizer: %s, %s (%s)", config.optimizer.type, *choose_implementation(config))
     vocabulary = config.padded_vocab_size(corpora.tokenizer.vocab_size)
     for line in describe_run(config, resolved, vocabulary, platform.compute_precision(config.train.precision)):

@@ -15,6 +15,8 @@ TAGS = {
     "validation_bits_per_byte": "loss/validation_bits_per_byte",
     "grad_norm": "optimizer/grad_norm",
     "learning_rate": "optimizer/learning_rate",
+    "loss_scale": "optimizer/loss_scale",
+    "skipped_steps": "optimizer/skipped_steps",
     "step_time_s": "speed/step_time_s",
     "tokens_per_second": "speed/tokens_per_second",
     "memory_peak_gib": "speed/memory_peak_gib",

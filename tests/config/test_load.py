@@ -52,7 +52,7 @@ def test_overrides_are_yaml_and_apply_in_order(tmp_path) -> None:
         ("optimizer.learning_rate=0", "optimizer.learning_rate=0 must be greater than 0"),
         ("optimizer.learning_rate=.nan", "must be a finite number"),
         ("optimizer.beta1=1.0", "optimizer.beta1=1.0 must be smaller than 1"),
-        ("zero.stage=3", "zero.stage=3 must be one of 1 | 2"),
+        ("zero.stage=4", "zero.stage=4 must be one of 0 | 1 | 2 | 3"),
         ("moe.router.type=best", "moe.router.type='best' must be one of adamoe | topk"),
         ("moe.router.capacity_factor=0", "moe.router.capacity_factor=0 must be greater than 0"),
         ("moe.router.balance.target_null_share=1", "moe.router.balance.target_null_share=1 must be smaller than 1"),

@@ -264,3 +264,28 @@ def test_reference_top_k_defaults() -> None:
     assert tree(moe={"num_null_experts": 0, "top_k": 4}).reference_top_k == 4
     assert tree(moe={"top_k": 4}).reference_top_k == 2
     assert tree(moe={"reference_top_k": 3}).reference_top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"zero": {"stage": 0, "offload_optimizer": True}}, "zero.offload_optimizer=True needs a sharded optimizer"),
+        (
+            {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "apex"}},
+            "optimizer.implementation=apex updates on CUDA",
+        ),
+        ({"optimizer": {"implementation": "deepspeed_cpu"}}, "deepspeed_cpu is for an offloaded optimizer"),
+        (
+            {"zero": {"offload_optimizer": True}, "optimizer": {"type": "sgd", "implementation": "deepspeed_cpu"}},
+            "optimizer.implementation=deepspeed_cpu is for optimizer.type=adamw",
+        ),
+        ({"zero": {"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}}, "is set by zero.offload_optimizer"),
+        (
+            {"moe": {"router": {"gating_residual": True}}, "train": {"recompute": "full"}},
+            "which train.recompute=full would run out of turn",
+        ),
+    ],
+)
+def test_options_of_the_optimizer_and_of_recompute_that_exclude_each_other(changes: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        resolve(config_from_dict({"data": {"tokenizer": "t", "train": [{"path": "p"}]}, **changes}), 2)

@@ -76,6 +76,7 @@ def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[st
     dist.all_gather_object(everyone, {name: part.shape for name, part in parts.items()})
     shapes = {name: shape for held in everyone for name, shape in held.items()}
     result = {}
+    values = {name: unsharded(value) for name, value in values.items()}
     for name, shape in shapes.items():
         whole = torch.zeros(shape)
         part = parts.get(name)
@@ -98,7 +99,9 @@ def require_equal_replicas(model: torch.nn.Module) -> None:
     copies = [parameter for parameter in model.parameters() if is_tied_copy(parameter)]
     parts += [part_of("embedding.word_embeddings.weight", parameter) for parameter in copies]
     held = {
-        (part.name, str(part.pieces)): hashlib.sha256(part.parameter.detach().float().numpy().tobytes()).hexdigest()
+        (part.name, str(part.pieces)): hashlib.sha256(
+            unsharded(part.parameter).detach().float().numpy().tobytes()
+        ).hexdigest()
         for part in parts
     }
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -107,6 +110,19 @@ def require_equal_replicas(model: torch.nn.Module) -> None:
     for rank, other in enumerate(everyone):
         for part, digest in other.items():
             assert first.setdefault(part, digest) == digest, f"rank {rank} has other bits of {part}"
+
+
+def unsharded(value: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight, which under ZeRO-3 is sharded; of any other tensor, itself."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    if not hasattr(value, "ds_shape"):
+        return value
+    with GatheredParameters([value]):
+        return value.detach().clone()
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
@@ -146,7 +162,7 @@ def train(
     initialize_groups(launch, resolved)
     try:
         platform.seed_everything(config.run.seed, deterministic=False)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = DTYPES[precision]
         built = build_model(config, resolved, VOCAB, dtype, cuda=False)
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
         schedule = Schedule(engine, built.model, dtype, torch.device("cpu"))
@@ -214,7 +230,7 @@ class GradientCapture:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+        self.sums = {name: torch.zeros(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
         self.handles = []
         for name, parameter in model.named_parameters():
             self.handles.append(parameter.register_hook(self._adder(name)))

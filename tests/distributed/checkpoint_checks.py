@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import BASE, VOCAB, Outcome, biases_of, gathered, merged, tokens_of
+from tests.distributed.cases import BASE, DTYPES, VOCAB, Outcome, biases_of, gathered, merged, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Run:
         self.resolved = resolve(self.config, self.launch.world_size)
         initialize_groups(self.launch, self.resolved)
         platform.seed_everything(seed, deterministic=False)
-        dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+        dtype = DTYPES[layout.precision]
         changed_seed = merged(layout.tree(), {"run": {"seed": seed}})
         model = build_model(config_from_dict(changed_seed), self.resolved, VOCAB, dtype, cuda=False).model
         self.engine = TrainingEngine(model, self.config, self.resolved, dtype, self.config.moe.num_experts)
@@ -114,6 +114,17 @@ def resume(layout: Layout, path: Path, more: int, again: Path | None = None) -> 
         if again is not None:
             run.save(again, state["step"])
         return run.advance(range(state["step"], state["step"] + more)), state
+
+
+def continue_and_save(layout: Layout, path: Path, root: Path, step: int) -> Outcome:
+    """Load into an engine of other initial weights, train one step and save."""
+    from adamoe_dist.checkpoint import load_checkpoint
+
+    with started(layout, seed=99) as run:
+        load_checkpoint(path, run.engine)
+        outcome = run.advance(range(step, step + 1))
+        run.save(root, step + 1)
+        return outcome
 
 
 def load_after_steps(layout: Layout, path: Path, more: int) -> Outcome:

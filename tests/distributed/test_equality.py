@@ -12,6 +12,7 @@ import torch
 
 from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
+from tests.distributed.zero_checks import staged
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +23,9 @@ COMMON = {
 }
 LAYOUTS = [(2, 2), (2, 1), (4, 2)]
 LAYOUT_NAMES = ["EP2", "DP2", "EP2xEDP2"]
+STAGES = [0, 1, 2, 3]
 STEPS, FEW, BF16_STEPS = 5, 2, 3
+
 
 RanksOf = Callable[[int], Ranks]
 _REFERENCES: dict[str, Outcome] = {}
@@ -70,24 +73,24 @@ def assert_same_training(outcomes: list[Outcome], single: Outcome) -> None:
         assert max(gradients.values()) < 1e-5, max(gradients, key=gradients.__getitem__)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world", "expert_parallel"), LAYOUTS, ids=LAYOUT_NAMES)
 def test_adamw_training_is_that_of_one_process(ranks_of, world, expert_parallel, stage):
     single = reference(ranks_of, COMMON)
     assert min(single.norms) > CLIP, "clipping must be active in every step"
     assert all(float(gradient.norm()) > 0 for gradient in single.gradients.values())
-    outcomes = ranks_of(world).run(train, merged(COMMON, {"zero": {"stage": stage}}), STEPS, expert_parallel)
+    outcomes = ranks_of(world).run(train, staged(COMMON, stage), STEPS, expert_parallel)
     assert_same_training(outcomes, single)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("world", "expert_parallel"), LAYOUTS, ids=LAYOUT_NAMES)
 def test_sgd_updates_are_those_of_one_process(ranks_of, world, expert_parallel, stage):
     """Plain SGD shows a gradient's size, which AdamW hides: the weights' whole way must agree, not only its end."""
     changes = merged(COMMON, {"optimizer": {"type": "sgd", "learning_rate": 0.1}})
     single = reference(ranks_of, changes)
     assert min(single.norms) > CLIP
-    for outcome in ranks_of(world).run(train, merged(changes, {"zero": {"stage": stage}}), STEPS, expert_parallel):
+    for outcome in ranks_of(world).run(train, staged(changes, stage), STEPS, expert_parallel):
         for name, weight in single.weights.items():
             assert torch.equal(outcome.initial[name], single.initial[name]), name
             way = weight - single.initial[name]
@@ -113,14 +116,12 @@ def test_the_clipped_first_sgd_step_is_the_captured_gradient(ranks_of):
             )
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("force", ["starve", "all_null"])
 @pytest.mark.parametrize(("world", "expert_parallel"), [(2, 2), (4, 2)], ids=["EP2", "EP2xEDP2"])
 def test_experts_without_rows_do_not_disturb_training(ranks_of, world, expert_parallel, force, stage):
     single = reference(ranks_of, COMMON, "fp32", force, steps=FEW)
-    outcomes = ranks_of(world).run(
-        train, merged(COMMON, {"zero": {"stage": stage}}), FEW, expert_parallel, "fp32", force
-    )
+    outcomes = ranks_of(world).run(train, staged(COMMON, stage), FEW, expert_parallel, "fp32", force)
     for outcome in (single, outcomes[0]):
         for tokens_by_load, expert_counts in outcome.first_micro_batch:
             assert sum(tokens_by_load) == 32
@@ -154,7 +155,7 @@ def test_rows_sent_one_by_one_train_alike(ranks_of):
     assert_same_training(ranks_of(2).run(train, changes, FEW, 2), reference(ranks_of, COMMON, steps=FEW))
 
 
-BF16_LAYOUTS = [(2, 2, 1), (2, 2, 2), (2, 1, 1), (4, 2, 2)]
+BF16_LAYOUTS = [(2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (2, 1, 1), (4, 2, 0), (4, 2, 2), (4, 2, 3)]
 
 
 @pytest.mark.parametrize(("world", "expert_parallel", "stage"), BF16_LAYOUTS)
@@ -164,9 +165,7 @@ def test_bf16_training_stays_near_one_process(ranks_of, world, expert_parallel, 
     Measured over three steps: losses differ by 9e-6, norms by 4e-4 with expert parallelism; nothing without it.
     """
     single = reference(ranks_of, COMMON, "bf16", steps=BF16_STEPS)
-    outcomes = ranks_of(world).run(
-        train, merged(COMMON, {"zero": {"stage": stage}}), BF16_STEPS, expert_parallel, "bf16"
-    )
+    outcomes = ranks_of(world).run(train, staged(COMMON, stage), BF16_STEPS, expert_parallel, "bf16")
     assert_ranks_agree(outcomes)
     losses, norms = worst(outcomes[0].losses, single.losses), worst(outcomes[0].norms, single.norms)
     print(f"{losses=:.1e} {norms=:.1e}")

@@ -23,18 +23,9 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
 
     name = f"ep_size_{expert_parallel}"
     original_groups, original_initialize = engine_module.parameter_groups, engine_module._initialize
-    original_mark = engine_module.mark_experts
-
-    def mark_all_but(kept: int) -> Any:
-        def mark(model: torch.nn.Module, layout: Any) -> None:
-            original_mark(model, layout)
-            experts = [p for p in model.parameters() if getattr(p, "is_expert", False)]
-            for parameter in experts[kept:]:
-                parameter.allreduce = True
-
-        return mock.patch.object(engine_module, "mark_experts", mark)
-
-    if kind == "data group for experts":
+    if kind == "unflagged":
+        next(p for n, p in model.named_parameters() if "weight1" in n).tensor_model_parallel = False
+    elif kind == "data group for experts":
         tables._EXPERT_DATA_PARALLEL_GROUP[name] = parallel_state.get_data_parallel_group()
     elif kind == "swapped groups":
         tables._EXPERT_DATA_PARALLEL_GROUP[name] = parallel_state.get_expert_model_parallel_group()
@@ -48,9 +39,17 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
     def without_experts(model: Any, optimizer: Any, settings: Any, expert_counts: Any) -> Any:
         return original_initialize(model, optimizer, settings, ())
 
+    original_marks = engine_module.mark_experts
+
+    def without_marks(*arguments: Any) -> None:
+        original_marks(*arguments)
+        experts = [parameter for parameter in model.parameters() if getattr(parameter, "is_expert", False)]
+        for parameter in experts if kind == "unmarked" else experts[-1:]:
+            parameter.allreduce = True
+
     with contextlib.ExitStack() as stack:
         if kind in ("unmarked", "one unmarked"):
-            stack.enter_context(mark_all_but(0 if kind == "unmarked" else -1))
+            stack.enter_context(mock.patch.object(engine_module, "mark_experts", without_marks))
         if kind == "missing parameter":
             stack.enter_context(mock.patch.object(engine_module, "parameter_groups", without_one))
         if kind == "no experts":
@@ -81,10 +80,11 @@ def build(kind: str, expert_parallel: int, stage: int) -> str:
         destroy_groups()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("kind", "world", "message"),
     [
+        ("unflagged", 2, "would count in the gradient norm on the first tensor-parallel rank only"),
         ("unmarked", 2, "would be reduced over all data-parallel ranks"),
         ("one unmarked", 2, "would be reduced over all data-parallel ranks"),
         ("no experts", 2, "has_moe_layers=False"),
@@ -103,7 +103,8 @@ def test_wrong_wiring_is_refused(ranks_of, kind, world, message, stage):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_right_wiring_is_accepted(ranks_of, world):
-    assert ranks_of(world).run(build, "nothing", min(world, 2), 1) == [""] * world
+    for stage in (0, 1, 3):
+        assert ranks_of(world).run(build, "nothing", min(world, 2), stage) == [""] * world
 
 
 def balance_gradients(micro_batches: int) -> dict[str, torch.Tensor]:

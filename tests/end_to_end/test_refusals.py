@@ -44,6 +44,7 @@ def refused(workspace, monkeypatch, capfd):
         (["model.sequence_length=10000000"], 1, "model.sequence_length"),
         (["checkpoint.resume=nowhere"], 1, "nowhere"),
         (["optimizer.implementation=apex"], 1, "optimizer.implementation=apex"),
+        (["train.precision=fp16"], 1, "train.precision=fp16 needs CUDA and there is none; use fp32 or bf16"),
         (
             [
                 "data.prepare.input=[no/such/text]",

@@ -79,6 +79,26 @@ def test_memory_of_a_rank_by_stage_and_layout() -> None:
     assert rank_memory(config, two_ranks, counted, "bf16").weights == 2 * local
 
 
+def test_memory_of_every_stage() -> None:
+    config = config_from_dict(BASE)
+    counted = count_parameters(config, VOCAB)
+    two_ranks = resolve(config_from_dict(merged(BASE, {"parallel": {"expert": 1}})), 2)
+    whole, half = counted.total, counted.total / 2
+
+    def memory(stage: int, precision: str, offload: bool = False) -> tuple[float, ...]:
+        changed = config_from_dict(merged(BASE, {"zero": {"stage": stage, "offload_optimizer": offload}}))
+        found = rank_memory(changed, two_ranks, counted, precision)
+        return found.weights, found.gradients, found.optimizer, found.host
+
+    assert memory(0, "fp32") == (4 * whole, 4 * whole, 8 * whole, 0)
+    assert memory(0, "bf16") == (2 * whole, 4 * whole, 12 * whole, 0)
+    assert memory(1, "fp16") == (2 * whole, 4 * whole, 12 * half, 0)
+    assert memory(1, "bf16") == (2 * whole, 6 * whole, 12 * half, 0)
+    assert memory(2, "bf16") == (2 * whole, 4 * half, 12 * half, 0)
+    assert memory(3, "bf16") == (2 * half, 4 * half, 12 * half, 0)
+    assert memory(2, "bf16", offload=True) == (2 * whole, 4 * half, 0, 16 * half)
+
+
 def test_a_target_load_is_what_is_planned_with() -> None:
     config = config_from_dict(merged(BASE, {"moe": {"router": {"target_load": 1.25}}}))
     lines = "\n".join(describe_run(config, resolve(config, 1), VOCAB, "fp32"))

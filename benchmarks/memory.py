@@ -1,0 +1,210 @@
+"""Peak memory of a rank by ZeRO stage, with an offloaded optimizer, and by activation recompute.
+
+Each row is a run of its own in fresh processes: data parallel over ``--ranks`` (with ``--expert`` experts are spread)::
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --ranks 4 --expert 2
+
+On a CPU the peak is the resident memory's, while training, above what the process had before the model; what is freed
+goes back to the system here, other than in training. On CUDA it is the most that was allocated. Beside it stands what
+``--dry-run`` plans for weights, gradients and optimizer; activations and communication come on top. For recompute the
+sequences are longer, so that activations show.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401  before torch: it sets what torch reads when it is loaded
+import torch
+from common import BenchmarkParser, markdown, report
+
+from adamoe_dist import platform
+from adamoe_dist.config import config_from_dict, resolve
+from adamoe_dist.console import run_tool
+from adamoe_dist.model import build_model
+from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
+from adamoe_dist.planning import count_parameters, rank_memory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARY = 8192
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    stage: int
+    precision: str = "fp32"
+    offload: bool = False
+    recompute: str = "none"
+    length: int = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was seen, the largest of the ranks, and what was planned, in MiB."""
+
+    case: Case
+    peak: float
+    planned: float
+
+
+def cases(precisions: list[str], length: int) -> list[Case]:
+    """Return the rows: stages and offload in each precision, then recompute."""
+    stages = [Case(stage, precision) for precision in precisions for stage in range(4)]
+    offloaded = [Case(2, precision, offload=True) for precision in precisions]
+    recomputed = [Case(1, precisions[0], recompute=kind, length=length) for kind in ("none", "selective", "full")]
+    return stages + offloaded + recomputed
+
+
+def _tree(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": {
+            "hidden_size": options.hidden,
+            "num_layers": options.layers,
+            "num_attention_heads": 4,
+            "sequence_length": case.length,
+        },
+        "moe": {"num_experts": 8, "num_null_experts": 8, "top_k": 3, "expert_hidden_size": options.hidden},
+        "parallel": {"expert": options.expert},
+        "zero": {"stage": case.stage, "offload_optimizer": case.offload},
+        "optimizer": {"implementation": "torch"},
+        "data": {"tokenizer": "none", "train": [{"path": "none"}]},
+        "train": {"global_batch_size": 4 * options.ranks, "micro_batch_size": 2, "recompute": case.recompute},
+    }
+
+
+def train_and_measure(case: Case, options: argparse.Namespace) -> Row:
+    """Train two steps on this rank and return the peak. Collective."""
+    launch = Launch.from_environment()
+    config = config_from_dict(_tree(case, options))
+    resolved = resolve(config, launch.world_size)
+    platform.limit_threads()
+    initialize_groups(launch, resolved)
+    _free_at_once()
+    before, device = _memory_now(), platform.device(launch.local_rank)
+    dtype = DTYPES[case.precision]
+    model = build_model(config, resolved, VOCABULARY, dtype, platform.is_cuda()).model
+    engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
+    engine.train()
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(resolved.micro_batches_per_rank):
+            shape = (resolved.micro_batch_size, case.length + 1)
+            tokens = torch.randint(VOCABULARY, shape, generator=generator).to(device)
+            engine.backward(engine(tokens).mean(), resolved.micro_batches_per_rank)
+        engine.step()
+        if step == 0:
+            _forget_peak()  # building the model and the first step's lazy state are past
+    peak = torch.tensor(_peak() - before, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    parameters = count_parameters(config, config.padded_vocab_size(VOCABULARY))
+    planned = rank_memory(config, resolved, parameters, case.precision)
+    engine.close()
+    destroy_groups()
+    on_host = 0.0 if platform.is_cuda() else planned.host
+    return Row(case, float(peak) / 2**20, (planned.total + on_host) / 2**20)
+
+
+def _free_at_once() -> None:
+    """Undo what :func:`adamoe_dist.platform.host.keep_memory` asks of glibc: resident memory is to be what is used."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name, value in ((-4, 65536), (-1, 2**17), (-3, 2**17)):
+            mallopt(name, value)
+
+
+def _status(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return float(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _memory_now() -> float:
+    return float(torch.cuda.memory_allocated()) if platform.is_cuda() else _status("VmRSS")
+
+
+def _forget_peak() -> None:
+    if platform.is_cuda():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> float:
+    return float(torch.cuda.max_memory_allocated()) if platform.is_cuda() else _status("VmHWM")
+
+
+def run_case(case: Case, options: argparse.Namespace) -> Row:
+    """Run a case in processes of its own and return rank 0's answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size = ["--ranks", options.ranks, "--expert", options.expert, "--hidden", options.hidden]
+    command = [sys.executable, __file__, *map(str, [*size, "--layers", options.layers])]
+    shared = {**os.environ, "WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["LOCAL_WORLD_SIZE"] = shared["WORLD_SIZE"]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--case", json.dumps(asdict(case))],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(options.ranks)
+    ]
+    outputs = [process.communicate()[0] for process in ranks]
+    if any(process.returncode for process in ranks):
+        raise RuntimeError(f"{case} failed with {[process.returncode for process in ranks]}")
+    answer = json.loads(outputs[0].splitlines()[-1])
+    return Row(case, answer["peak"], answer["planned"])
+
+
+def main(argv: list[str]) -> int:
+    """Measure all rows and print them."""
+    parser = BenchmarkParser("Peak memory of a rank by ZeRO stage, offload and recompute.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--expert", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512, help="sequence length of the rows of recompute")
+    parser.add_argument("--precisions", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.case:
+        row = train_and_measure(Case(**json.loads(options.case)), options)
+        print(json.dumps(asdict(row)), flush=True)
+        return 0
+    rows = [run_case(case, options) for case in cases(options.precisions, options.length)]
+    header = ["stage", "precision", "optimizer", "recompute", "length", "peak, MiB", "planned state, MiB"]
+    table = markdown(
+        header,
+        [
+            [
+                row.case.stage,
+                row.case.precision,
+                "offloaded" if row.case.offload else "on device",
+                row.case.recompute,
+                row.case.length,
+                f"{row.peak:.0f}",
+                f"{row.planned:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+    report(options, [table], {"rows": [asdict(row) for row in rows]})
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)

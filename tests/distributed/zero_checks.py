@@ -1,0 +1,94 @@
+"""What ranks do in the tests of ZeRO's stages."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tests.distributed.cases import BASE, DTYPES, VOCAB, Outcome, gathered, merged, tokens_of, train
+
+SHARD_ALL = {"zero": {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}}
+"""Without it ZeRO-3 keeps weights as small as these whole on every rank."""
+
+
+def staged(changes: dict[str, Any], stage: int) -> dict[str, Any]:
+    return merged(merged(changes, {"zero": {"stage": stage}}), SHARD_ALL if stage == 3 else {})
+
+
+@contextlib.contextmanager
+def built(changes: dict[str, Any], precision: str) -> Iterator[Any]:
+    from adamoe_dist.config import config_from_dict, resolve
+    from adamoe_dist.model import build_model
+    from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
+
+    launch = Launch.from_environment()
+    config = config_from_dict(merged(BASE, changes))
+    resolved = resolve(config, launch.world_size)
+    initialize_groups(launch, resolved)
+    try:
+        torch.manual_seed(1)
+        dtype = DTYPES[precision]
+        model = build_model(config, resolved, VOCAB, dtype, cuda=False).model
+        engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
+        yield engine
+        engine.close()
+    finally:
+        destroy_groups()
+
+
+def passes(changes: dict[str, Any], precision: str, order: str, remedy: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """One SGD step of four micro-batches whose forward (F) and backward (B or b) passes come in an order.
+
+    b gives the gradient of the token losses from outside; without ``remedy`` DeepSpeed is not told of a new pass.
+    """
+    with built(changes, precision) as engine:
+        rank = torch.distributed.get_rank()
+        micro = tokens_of(rank, 4, 32).split(1)
+        engine.start_step(len(micro))
+        waiting, index = [], 0
+        with contextlib.ExitStack() as stack:
+            if not remedy:
+                ours = mock.patch.object(type(engine), "_backward", lambda self, loss: self.deepspeed.backward(loss))
+                stack.enter_context(ours)
+            for letter in order:
+                if letter == "F":
+                    waiting.append(engine(micro[index]))
+                    index += 1
+                    continue
+                losses = waiting.pop(0)
+                if letter == "B":
+                    engine.backward(losses.mean(), len(micro))
+                else:
+                    gradient = torch.full_like(losses, engine.loss_scale / (losses.numel() * len(micro)))
+                    engine.backward_from(losses, gradient)
+        engine.step()
+        return engine.gradient_norm(), gathered(engine.model, dict(engine.model.named_parameters()))
+
+
+def train_in_fp16(changes: dict[str, Any], steps: int, expert_parallel: int) -> Outcome:
+    """fp16 on a CPU, where DeepSpeed would not have it."""
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True):
+        return train(changes, steps, expert_parallel, "fp16")
+
+
+def overflow_in_fp16(changes: dict[str, Any]) -> list[tuple[bool, int, float, float]]:
+    """Steps of which the second overflows on rank 0 alone: skipped, steps skipped, loss scale, change of weights."""
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True), built(changes, "fp16") as engine:
+        rank = torch.distributed.get_rank()
+        seen = []
+        before = gathered(engine.model, dict(engine.model.named_parameters()))
+        for step in range(3):
+            loss = engine(tokens_of(step, 2, 32)).mean()
+            engine.backward(loss * (1e8 if step == 1 and rank == 0 else 1.0), 1)
+            engine.step()
+            after = gathered(engine.model, dict(engine.model.named_parameters()))
+            change = sum(float((after[name] - before[name]).norm()) for name in after)
+            before = after
+            seen.append((engine.is_skipped, engine.skipped_steps, engine.loss_scale, change))
+        return seen
