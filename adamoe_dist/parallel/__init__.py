@@ -3,6 +3,7 @@
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
 from adamoe_dist.parallel.groups import Launch, check_port, destroy_groups, expert_group_name, initialize_groups
 from adamoe_dist.parallel.optimizer import apex_problem, build_optimizer, choose_implementation, parameter_groups
+from adamoe_dist.parallel.watch import sigterm_as_exit, watch_ranks
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "experts_of",
     "initialize_groups",
     "parameter_groups",
+    "sigterm_as_exit",
     "verify_wiring",
+    "watch_ranks",
 ]
