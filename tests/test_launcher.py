@@ -63,7 +63,7 @@ def test_several_processes_need_a_place_to_meet(environment, monkeypatch) -> Non
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT not set for 4 processes"):
         launch.require_address()
     monkeypatch.setenv("MASTER_ADDR", "node0")
-    with pytest.raises(UserError, match="^MASTER_PORT not set"):
+    with pytest.raises(UserError, match=r"^MASTER_PORT not set"):
         launch.require_address()
     monkeypatch.setenv("MASTER_PORT", "29500")
     launch.require_address()

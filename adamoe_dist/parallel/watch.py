@@ -1,8 +1,8 @@
 """All ranks leave when one does: a collective whose partner died waits for half an hour, or for ever.
 
-Every rank keeps one connection to rank 0 (``watch_wire``). A rank that ends without a goodbye, by a signal, an exception
-or with its machine, ends the whole run: each node's console shows the cause once, and every process is gone seconds
-later, whatever it waits for.
+Every rank keeps one connection to rank 0 (``watch_wire``). A rank that ends without a goodbye, by a signal, an
+exception or with its machine, ends the whole run: each node's console shows the cause once, and every process is gone
+seconds later, whatever it waits for.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from adamoe_dist.console import fail
 from adamoe_dist.errors import (
     EXIT_BUG,
+    EXIT_INTERRUPTED,
     EXIT_NUMERICAL_ERROR,
     EXIT_TERMINATED,
     EXIT_USER_ERROR,
@@ -34,16 +35,8 @@ from adamoe_dist.errors import (
 )
 from adamoe_dist.launcher import Launch
 from adamoe_dist.parallel.groups import COLLECTIVE_TIMEOUT
-from adamoe_dist.parallel.watch_wire import (
-    ASKED_BY_USER,
-    CONSEQUENCE,
-    SETTLE_S,
-    SPOKEN,
-    Client,
-    Departure,
-    Server,
-    own_address,
-)
+from adamoe_dist.parallel.watch_server import SETTLE_S, Server
+from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, SPOKEN, Client, Departure, own_address
 
 LEAVE_S = 2.0
 """Between the verdict and the end of a process that does not end by itself."""
@@ -51,7 +44,7 @@ LEAVE_S = 2.0
 GOODBYE_S = 60.0
 """How long rank 0, done, waits for ranks that are not."""
 
-_LONGEST_DETAILS = 16_000
+_LONGEST_CAUSE, _LONGEST_DETAILS = 2_000, 8_000
 _LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
@@ -127,10 +120,12 @@ class _Watch:
         try:
             return Client(addresses, rank_0["key"], self._place, theirs, self._on_verdict)
         except ConnectionError as problem:
-            raise UserError(
-                f"rank {self._launch.rank} on {self._place.host} does not reach rank 0 ({problem}); let the nodes reach "
-                "each other on all TCP ports, or give an address that they share: deepspeed --master_addr HOST"
-            ) from None
+            refusal = (
+                f"rank {self._launch.rank} on {self._place.host} does not reach rank 0 ({problem}); let the nodes "
+                "reach each other on all TCP ports, or give an address that they share: deepspeed --master_addr HOST"
+            )
+            fail(refusal)  # here: refusals are shown by rank 0, which cannot hear of this one
+            raise UserError(refusal) from None
 
     def fail(self, error: BaseException) -> None:
         """Tell the others what ended this rank, and end it, with the cause that all agree on."""
@@ -140,7 +135,7 @@ class _Watch:
         self._decided.wait(2 * SETTLE_S)
         verdict = self._verdict or departure
         if verdict == departure and verdict.kind != ASKED_BY_USER:
-            print_to_stderr(departure.details)
+            sys.stderr.write(departure.details)
         if self._verdict is None:  # rank 0 is done, or cannot be told
             fail(_line(departure))
         self._leave(verdict.code)
@@ -149,12 +144,14 @@ class _Watch:
         if isinstance(error, UserError | NumericalError):
             code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_NUMERICAL_ERROR
             kind = ASKED_BY_USER if self._launch.rank == 0 else SPOKEN
-            return replace(self._place, cause=" ".join(str(error).split()), code=code, kind=kind)
+            return replace(self._place, cause=" ".join(str(error).split())[:_LONGEST_CAUSE], code=code, kind=kind)
+        if isinstance(error, KeyboardInterrupt):
+            return replace(self._place, cause="interrupted", code=EXIT_INTERRUPTED, kind=SPOKEN)
         if isinstance(error, SystemExit):
             return replace(self._place, cause="stopped by SIGTERM", code=EXIT_TERMINATED, kind=CONSEQUENCE)
         lost = isinstance(error, dist.DistError | ConnectionError)
         lost = lost or (isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None)
-        cause = " ".join("".join(traceback.format_exception_only(error)).split())
+        cause = " ".join("".join(traceback.format_exception_only(error)).split())[:_LONGEST_CAUSE]
         details = "".join(traceback.format_exception(error))[-_LONGEST_DETAILS:]
         kind = CONSEQUENCE if lost else SPOKEN
         return replace(self._place, cause=cause, code=EXIT_BUG, kind=kind, details=details)
@@ -185,12 +182,6 @@ class _Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def print_to_stderr(text: str) -> None:
-    """Show a traceback."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 def _line(departure: Departure) -> str:

@@ -19,8 +19,8 @@ TEMPLATE = REPOSITORY / "launch" / "slurm.sbatch"
 RANKS = 2
 
 SRUN = """#!/bin/bash
-# Starts the tasks here, one a "node". As srun does: forwards the environment only as told, kills on SIGTERM, and returns
-# the highest exit code.
+# Starts the tasks here, one a "node". As srun does: forwards the environment only as told, kills on SIGTERM, and
+# returns the highest exit code.
 [[ " $* " == *" --export=ALL "* ]] || exit 99
 while [[ $1 == --* ]]; do shift; done
 trap 'kill -9 "${pids[@]}"' TERM

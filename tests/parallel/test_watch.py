@@ -1,5 +1,6 @@
 """The connections on which a rank's end is seen, between threads of one process."""
 
+import contextlib
 import queue
 import socket
 import time
@@ -7,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from adamoe_dist.parallel import watch_wire
-from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, SPOKEN, Client, Departure, Server, own_address
+from adamoe_dist.parallel import watch_server
+from adamoe_dist.parallel.watch_server import Server
+from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, SPOKEN, Client, Departure, own_address
 
 KEY = "the key"
 SOON_S = 0.3
@@ -44,7 +46,7 @@ class Ranks:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch) -> None:
-    monkeypatch.setattr(watch_wire, "SETTLE_S", SOON_S)
+    monkeypatch.setattr(watch_server, "SETTLE_S", SOON_S)
 
 
 def test_everyone_hears_of_a_rank_that_died_without_a_word() -> None:
@@ -70,7 +72,7 @@ def test_a_killed_rank_is_the_cause_of_lost_connections() -> None:
 
 
 def test_a_refusal_by_rank_0_is_told_at_once(monkeypatch) -> None:
-    monkeypatch.setattr(watch_wire, "SETTLE_S", 60)
+    monkeypatch.setattr(watch_server, "SETTLE_S", 60)
     ranks = Ranks(3)
     ranks.server.report(replace(ranks.places[0], cause="no such file", code=2, kind=ASKED_BY_USER))
     assert {(verdict.code, verdict.cause) for verdict in ranks.verdicts(0, 1, 2)} == {(2, "no such file")}
@@ -110,10 +112,8 @@ def test_strangers_are_not_heard() -> None:
         with socket.create_connection(("127.0.0.1", ranks.server.port)) as stranger:
             stranger.sendall(words)
             stranger.settimeout(5)
-            try:
+            with contextlib.suppress(ConnectionResetError):
                 assert stranger.recv(100) == b""
-            except ConnectionResetError:
-                pass
     ranks.die(1)
     assert ranks.verdicts(0)[0].rank == 1
 
