@@ -6,13 +6,14 @@ import selectors
 import socket
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from adamoe_dist.parallel.watch_wire import (
     ASKED_BY_USER,
     LARGEST_MESSAGE,
     Departure,
     Verdict,
+    after,
     close_in_children,
     keep_alive,
     listen,
@@ -128,7 +129,7 @@ class Server:
         except OSError as problem:
             self._drop(connection)
             if place is not None and place.rank in self._awaited:
-                self._note(replace(place, cause=f"its machine does not answer ({problem.strerror or problem})"))
+                self._note(after(place, problem))
             return
         if not data:
             self._drop(connection)

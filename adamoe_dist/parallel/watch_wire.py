@@ -91,9 +91,16 @@ class Client:
                         self._on_verdict(Departure(**message["verdict"]))
                         return
         except OSError as problem:
-            departure = replace(departure, cause=f"its machine does not answer ({problem.strerror or problem})")
+            departure = after(departure, problem)
         if not self._is_done:
             self._on_verdict(departure)
+
+
+def after(place: Departure, problem: OSError) -> Departure:
+    """Return what a failed connection says: reset by the kernel of a process that ended, or met by silence."""
+    if isinstance(problem, ConnectionResetError | BrokenPipeError):
+        return place
+    return replace(place, cause=f"its machine does not answer ({problem.strerror or problem})")
 
 
 def own_address(host: str, port: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from adamoe_dist.parallel import watch_server
 from adamoe_dist.parallel.watch_server import Server
-from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, SPOKEN, Client, Departure, own_address
+from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, SPOKEN, Client, Departure, after, own_address
 
 KEY = "the key"
 SOON_S = 0.3
@@ -139,6 +139,13 @@ def test_a_silent_machine_is_given_up_within_a_minute() -> None:
     )
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and idle + interval * count < 45
     assert connection.getsockopt(socket.IPPROTO_TCP, 18) == 30_000  # TCP_USER_TIMEOUT, of data that is not acknowledged
+
+
+def test_a_reset_connection_is_a_killed_process_and_silence_a_machine() -> None:
+    """The kernel resets a killed process's connection when something that it was sent was not read yet."""
+    place = Departure(1, 1, 0, "here")
+    assert after(place, ConnectionResetError()) == place
+    assert "machine does not answer" in after(place, TimeoutError(110, "Connection timed out")).cause
 
 
 def test_own_address_is_the_one_that_faces_the_host() -> None:
