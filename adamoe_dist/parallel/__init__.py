@@ -22,6 +22,7 @@ from adamoe_dist.parallel.optimizer import (
 from adamoe_dist.parallel.pipeline import Schedule
 from adamoe_dist.parallel.stage3 import update_weights_of_stage_3
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
+from adamoe_dist.parallel.watch import sigterm_as_exit, watch_ranks
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
@@ -45,7 +46,9 @@ __all__ = [
     "is_trained",
     "parameter_groups",
     "replicas_group",
+    "sigterm_as_exit",
     "stage_group",
     "update_weights_of_stage_3",
     "verify_wiring",
+    "watch_ranks",
 ]

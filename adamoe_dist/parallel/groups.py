@@ -2,7 +2,6 @@
 
 import os
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 
 import deepspeed.comm as deepspeed_comm
@@ -15,32 +14,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from adamoe_dist import platform
 from adamoe_dist.config import Layout, Resolved
 from adamoe_dist.errors import UserError
+from adamoe_dist.launcher import Launch
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher said in the environment: DeepSpeed's, torchrun's, or none (one process).
-
-    ``node`` is the launcher's number of the machine: torchrun's GROUP_RANK (one agent a machine) or DeepSpeed's
-    CROSS_RANK.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-    node: int = 0
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and the node; without a launcher this is the only process."""
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            node=int(os.environ.get("GROUP_RANK") or os.environ.get("CROSS_RANK") or "0"),
-        )
 
 
 def check_port(launch: Launch) -> None:

@@ -1,6 +1,5 @@
 """The training command: its arguments, and what a refusal looks like under a launcher."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 from adamoe_dist.config import Config, load_config, resolve
 from adamoe_dist.console import ToolParser, fail, say
 from adamoe_dist.errors import EXIT_NUMERICAL_ERROR, EXIT_USER_ERROR, NumericalError, UserError
+from adamoe_dist.launcher import Launch
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
 REFUSAL_HEAD_START_S = 10.0
@@ -46,6 +46,7 @@ def _run(argv: list[str], default_config: Path) -> int:
     if options.dry_run:
         return _dry_run(config)
     resolved = resolve(config, _world_size())
+    Launch.from_environment().require_address()
     from adamoe_dist import platform
 
     platform.prepare()
@@ -94,8 +95,8 @@ def _refuse(problem: Any, code: int) -> int:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return Launch.from_environment().rank
 
 
 def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return Launch.from_environment().world_size

@@ -20,6 +20,8 @@ from adamoe_dist.parallel import (
     data_parallel_rank,
     destroy_groups,
     initialize_groups,
+    sigterm_as_exit,
+    watch_ranks,
 )
 from adamoe_dist.planning import describe_run
 from adamoe_dist.training.checkpointing import CheckpointWriter, restore
@@ -47,18 +49,22 @@ def train(config: Config, resolved: Resolved) -> int:
     """
     launch = Launch.from_environment()
     _log_to_console(launch)
-    source = _check_before_groups(config, launch) if launch.rank == 0 else None
-    platform.limit_threads()
-    expert_nodes = initialize_groups(launch, resolved)
+    check_port(launch)
+    code = 0
     try:
-        return _train_in_groups(config, resolved, launch, _from_rank_0(source), expert_nodes)
+        with watch_ranks(launch):
+            source = _check_before_groups(config, launch) if launch.rank == 0 else None
+            platform.limit_threads()
+            expert_nodes = initialize_groups(launch, resolved)
+            with sigterm_as_exit():
+                code = _train_in_groups(config, resolved, launch, _from_rank_0(source), expert_nodes)
     finally:
         destroy_groups()
+    return code
 
 
 def _check_before_groups(config: Config, launch: Launch) -> Path | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
-    check_port(launch)
     check_run_directory(config)
     platform.compute_precision(config.train.precision)
     choose_implementation(config)
@@ -144,13 +150,14 @@ def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: B
 
 
 def _log_to_console(launch: Launch) -> None:
-    """Rank 0 shows its log; the others, and the libraries, show warnings only."""
+    """Rank 0 shows its log; the others, and the libraries, show warnings only. The log file gets more: tracebacks."""
     handler = logging.StreamHandler(sys.stdout if launch.rank == 0 else sys.stderr)
+    handler.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("adamoe_dist")
     package.handlers = [handler]
     package.propagate = False
-    package.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
+    package.setLevel(logging.DEBUG)
     for library in ("DeepSpeed", "megatron.core", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
 

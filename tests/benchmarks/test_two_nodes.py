@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,25 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.commands import REPOSITORY, benchmark, environment
+from tests.namespaces import needs_namespaces
 
 pytestmark = [pytest.mark.distributed, pytest.mark.end_to_end]
 Wait = Callable[["subprocess.Popen[str]", Path], list[int]]
 SHORT = ["--tokens", "64", "--sequence", "32", "--layers", "1", "--hidden", "64", "--expert-hidden", "32"]
-
-
-def _why_not() -> str:
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if not (shutil.which("ip") and shutil.which("tc")):
-        return "iproute2 is not installed"
-    name = f"adamoe-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    return f"network namespaces cannot be made here: {made.stderr.strip()}" if made.returncode else ""
-
-
-WHY_NOT = _why_not()
-needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 def namespaces(process: int) -> list[str]:

@@ -29,12 +29,17 @@ class Finished:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
 
+def environment_of_commands(changes: dict[str, str]) -> dict[str, str]:
+    """This process's environment with ``changes``, and this interpreter's scripts first on the path."""
+    variables = {**os.environ, **changes}
+    return {**variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"}
+
+
 def run_command(
     arguments: list[str], cwd: Path, timeout_s: float = 300, environment: dict[str, str] | None = None
 ) -> Finished:
     """Run a command with this interpreter's scripts first on the path."""
-    variables = {**os.environ, **(environment or {})}
-    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+    variables = environment_of_commands(environment or {})
     done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=variables)
     return Finished(done.returncode, done.stdout, done.stderr)
 

@@ -130,22 +130,34 @@ def test_tensorboard_command_serves_the_run(checkout) -> None:
         process.wait(timeout=20)
 
 
-def test_two_nodes_by_hostfile_without_ssh(checkout) -> None:
-    """The command of each node, both on this machine: one slot each."""
-    template = (
-        only(covered("--no_ssh")).replace("node0 ", "127.0.0.1 ").replace("run.name=cluster", "run.dir=runs/cluster")
-    )
-    port = free_port()
-    commands = [
-        re.sub(r"--node_rank 0", f"--node_rank {rank} --master_port {port}", template) + " " + " ".join(SMALL)
-        for rank in (0, 1)
-    ]
+def on_two_nodes(commands: list[str], checkout: Path) -> None:
+    """Run each node's command, both on this machine."""
     environment = {"PYTHONPATH": str(checkout)}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(run_command, ["bash", "-c", c], checkout, 300, environment) for c in commands]
+        full = [f"{command} {' '.join(SMALL)}" for command in commands]
+        waiting = [pool.submit(run_command, ["bash", "-c", c], checkout, 300, environment) for c in full]
         finished = [future.result() for future in waiting]
     assert all(done.returncode == 0 for done in finished), finished
     assert "ranks: 2 = data 2" in finished[0].stdout + finished[1].stdout
+
+
+def test_two_nodes_by_hostfile_without_ssh(checkout) -> None:
+    """The command of each node: one slot each."""
+    template = only(covered("--no_ssh")).replace("node0 ", "127.0.0.1 ").replace("=cluster", "=no_ssh")
+    port = free_port()
+    on_two_nodes([template.replace("rank 0", f"rank {node} --master_port {port}") for node in (0, 1)], checkout)
+
+
+def test_two_nodes_by_torchrun(checkout) -> None:
+    template = only(covered("torchrun --nnodes 2")).replace("node0 ", "127.0.0.1 ").replace("per-node 8", "per-node 1")
+    port = free_port()
+    on_two_nodes([template.replace("rank 0", f"rank {node} --master-port {port}") for node in (0, 1)], checkout)
+
+
+def test_slurm_command_names_the_template() -> None:
+    """What is in it is run by test_slurm.py."""
+    words = only(covered("sbatch launch/slurm.sbatch")).split()
+    assert (REPOSITORY / words[1]).read_text().startswith("#!/bin/bash")
 
 
 SSH = """#!/bin/bash
@@ -154,17 +166,26 @@ while [[ $1 == -* ]]; do [[ $1 == -o || $1 == -p ]] && shift; shift; done
 shift; exec bash -c "$*"
 """
 PDSH = """#!/bin/bash
-# Stands in for pdsh: runs the command here once a host, with %n as the host's number.
+# Stands in for pdsh: runs the command here once a host, with %n as the host's number, in the bare environment that ssh
+# gives, and notes what the command exported.
 while [[ $1 == -* ]]; do case $1 in -w) hosts=$2; shift;; -f) shift;; esac; shift; done
 number=0; status=0
-for host in ${hosts//,/ }; do bash -c "${*//%n/$number}" & pids+=($!); number=$((number + 1)); done
+for host in ${hosts//,/ }; do
+  then="status=\\$?; export -p > arrived$number; exit \\$status"
+  env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${*//%n/$number}; $then" &
+  pids+=($!); number=$((number + 1))
+done
 for pid in ${pids[@]}; do wait $pid || status=$?; done
 exit $status
 """
 
 
 def test_two_nodes_by_hostfile_started_once(checkout) -> None:
-    """The command that starts every node, with stand-ins for ssh and pdsh, which this machine has no hosts for."""
+    """The command that starts every node, with stand-ins for ssh and pdsh, which this machine has no hosts for.
+
+    The nodes have an empty environment but for what DeepSpeed and ``.deepspeed_env`` export.
+    """
+    (checkout / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\nOMP_NUM_THREADS=1\n")
     tools = checkout / "stand_ins"
     tools.mkdir()
     for name, script in (("ssh", SSH), ("pdsh", PDSH)):
@@ -173,6 +194,9 @@ def test_two_nodes_by_hostfile_started_once(checkout) -> None:
     command = with_port(only(covered("--hostfile hostfile launch/pretrain.py"))).replace("=cluster", "=started_once")
     done = run(f"export PATH={tools}:$PATH; {command}", checkout)
     assert "ranks: 2 = data 2" in done.stdout and "step 2/2" in done.stdout
+    for node in (0, 1):
+        arrived = (checkout / f"arrived{node}").read_text()
+        assert 'GLOO_SOCKET_IFNAME="lo"' in arrived and 'OMP_NUM_THREADS="1"' in arrived and "PYTHONPATH" in arrived
 
 
 @pytest.mark.slow

@@ -1,0 +1,177 @@
+"""Rank 0's end of the connections on which a rank's end is seen."""
+
+import contextlib
+import json
+import selectors
+import socket
+import threading
+import time
+from dataclasses import asdict
+
+from adamoe_dist.parallel.watch_wire import (
+    ASKED_BY_USER,
+    LARGEST_MESSAGE,
+    Departure,
+    Verdict,
+    after,
+    close_in_children,
+    keep_alive,
+    listen,
+    send,
+)
+
+SETTLE_S = 1.0
+"""How long departures are collected before one is named: a dying rank takes others with it, in any order."""
+
+
+class Server:
+    """Rank 0's end: a thread that waits on all connections, and names the first rank that left.
+
+    Args:
+        key: what a connection must say to be heard.
+        world_size: number of ranks.
+        on_verdict: called in the thread with the departure that is the cause, after it was sent to every rank.
+    """
+
+    def __init__(self, key: str, world_size: int, on_verdict: Verdict) -> None:
+        self._key = key
+        self._on_verdict = on_verdict
+        self._awaited = set(range(1, world_size))
+        self._places: dict[socket.socket, Departure | None] = {}
+        self._unread: dict[socket.socket, bytes] = {}
+        self._departures: list[Departure] = []
+        self._deadline: float | None = None
+        self._lock = threading.Lock()
+        self._decided = False
+        self.finished = threading.Event()
+        self._listener = listen()
+        self._wake, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._serve, name="watch", daemon=True)
+        close_in_children(self.sockets)
+
+    @property
+    def port(self) -> int:
+        """Where the ranks connect to."""
+        return int(self._listener.getsockname()[1])
+
+    def sockets(self) -> list[socket.socket]:
+        """All that are open."""
+        return [self._listener, self._wake, self._woken, *self._places]
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._thread.start()
+
+    def report(self, departure: Departure) -> None:
+        """Say that rank 0 leaves early."""
+        self._note(departure)
+        self._wake.send(b"!")
+
+    def goodbye(self, patience_s: float) -> None:
+        """Rank 0 is done: wait until every rank is, and let go of them."""
+        if self._awaited:
+            self.finished.wait(patience_s)
+        with self._lock:
+            if self._decided:
+                return
+            self._decided = True
+        for connection in list(self._places):
+            send(connection, {"end": True})
+
+    def wait_until_alone(self, patience_s: float) -> None:
+        """Wait until every rank that is there has gone."""
+        end = time.monotonic() + patience_s
+        while self._places and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def _serve(self) -> None:
+        while True:
+            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            for ready, _ in self._selector.select(left):
+                self._read(ready.fileobj)  # type: ignore[arg-type]
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._decide()
+
+    def _decide(self) -> None:
+        self._deadline = None
+        with self._lock:
+            if self._decided:
+                return
+            self._decided = True
+        cause = min(self._departures, key=lambda departure: departure.kind)
+        for connection, place in list(self._places.items()):
+            if place is not None:
+                send(connection, {"verdict": asdict(cause)})
+        self._on_verdict(cause)
+
+    def _read(self, source: socket.socket) -> None:
+        if source is self._listener:
+            with contextlib.suppress(OSError):
+                self._accept()
+        elif source is self._woken:
+            source.recv(64)
+        else:
+            self._receive(source)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        keep_alive(connection)
+        self._places[connection], self._unread[connection] = None, b""
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _receive(self, connection: socket.socket) -> None:
+        place = self._places[connection]
+        try:
+            data = connection.recv(LARGEST_MESSAGE)
+        except OSError as problem:
+            self._drop(connection)
+            if place is not None and place.rank in self._awaited:
+                self._note(after(place, problem))
+            return
+        if not data:
+            self._drop(connection)
+            if place is not None and place.rank in self._awaited:
+                self._note(place)
+            return
+        *lines, self._unread[connection] = (self._unread[connection] + data).split(b"\n")
+        for line in lines:
+            if not self._hear(connection, line):
+                self._drop(connection)
+                return
+        if len(self._unread[connection]) > LARGEST_MESSAGE:
+            self._drop(connection)
+
+    def _hear(self, connection: socket.socket, line: bytes) -> bool:
+        """Take one message; false for a connection that is none of ours."""
+        place = self._places[connection]
+        try:
+            message = json.loads(line)
+            if place is None:
+                if message["hello"] != self._key:
+                    return False
+                self._places[connection] = Departure(**message["place"])
+                send(connection, {"welcome": True})
+                return True
+            if "departure" in message:
+                self._note(Departure(**message["departure"]))
+        except (ValueError, TypeError, KeyError):
+            return False
+        self._awaited.discard(place.rank)
+        if not self._awaited:
+            self.finished.set()
+        return True
+
+    def _note(self, departure: Departure) -> None:
+        self._departures.append(departure)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + SETTLE_S
+        if departure.kind == ASKED_BY_USER:
+            self._deadline = time.monotonic()
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._places[connection], self._unread[connection]
+        connection.close()
