@@ -11,16 +11,17 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
 START, END = "<!-- matrix -->", "<!-- end of matrix -->"
 KINDS = (("fp32", "sgd"), ("fp32", "adamw"), ("bf16", "adamw"))
 
-EXPLANATION = """Each cell: the largest relative deviation from one process over four steps, of losses / gradient norms /
-the first step's gradients (of any weight) / all weights at the end. Four layers, 4 true and 4 null experts, top-3, a
-shared expert, 12 micro-batches a step, clipping active in every step, balance and z-loss on; half of the layouts have a
-tied embedding. `A x B` gives each degree ranks of its own, `A B` shares them. Made by `make parallelism-table`."""
+EXPLANATION = """Each cell: the largest relative deviation from one process over four steps, of losses /
+gradient norms / the first step's gradients (of any weight) / all weights at the end. Four layers, 4 true and 4
+null experts, top-3, a shared expert, 12 micro-batches a step, clipping active in every step, balance and z-loss
+on; half of the layouts have a tied embedding. `A x B` gives each degree ranks of its own, `A B` shares them.
+Made by `make parallelism-table`."""
 
-BANDS = """Bands that the tests hold the cells to (losses / norms / gradients / weights): fp32 1e-5 each, but after AdamW the
-weights may be 10 times as far apart as those of one process that takes its micro-batches in the reverse order (AdamW
-divides by the root of the squared gradient, so a gradient that is rounding moves its weight like any other). bf16: three
-times the distance of one process in bf16 from one process in fp32, since a layout rounds at other places and routes near
-ties to other experts."""
+BANDS = """Bands that the tests hold the cells to (losses / norms / gradients / weights): fp32 1e-5 each, but
+after AdamW the weights may be 10 times as far apart as those of one process that takes its micro-batches in the
+reverse order (AdamW divides by the root of the squared gradient, so a gradient that is rounding moves its
+weight like any other). bf16: three times the distance of one process in bf16 from one process in fp32, since a
+layout rounds at other places and routes near ties to other experts."""
 
 
 def table(rows: dict[Cell, dict[str, Any]], precision: str, optimizer: str) -> list[str]:
