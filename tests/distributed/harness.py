@@ -5,6 +5,7 @@ test module, because importing torch, DeepSpeed and Megatron costs seconds.
 """
 
 import gc
+import logging
 import multiprocessing as mp
 import os
 import pickle
@@ -42,6 +43,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from adamoe_dist import platform
 
     platform.prepare()
