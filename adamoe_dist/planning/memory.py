@@ -29,7 +29,8 @@ def rank_memory(config: Config, resolved: Resolved, parameters: Parameters, prec
 
     Weights are held in the compute precision, whole but in stage 3. Stages 0 and 1 keep the whole gradient in fp32
     (stage 1 in bf16 the last micro-batch's bf16 gradient besides), stages 2 and 3 this rank's shard of it. fp32 masters
-    and AdamW's two moments are sharded from stage 1 on, and in CPU memory with a gradient of their size if offloaded.
+    and AdamW's two moments are sharded from stage 1 on, and in CPU memory if offloaded, where DeepSpeed keeps an fp32
+    gradient of the shard and, in stages 1 and 2, a copy of the weights that are to be sent back besides.
     In fp32 the weights of stage 0 are their own masters. A copied embedding has an fp32 gradient, and no state.
     """
     stages = rank_parameters(config, resolved.layout, parameters.embedding)
@@ -49,10 +50,11 @@ def _stage_memory(config: Config, resolved: Resolved, parameters: RankParameters
     moments = 8 if config.optimizer.type == "adamw" else 0
     state = (local if stage == 0 else shard) * (masters + moments)
     gradients = shard * 4 if stage >= 2 else local * (6 if has_low_gradient else 4)
+    returned = 0 if stage == 3 else weight_bytes
     is_offloaded = config.zero.offload_optimizer
     return RankMemory(
         weights=((shard if stage == 3 else local) + parameters.copied) * weight_bytes,
         gradients=gradients + parameters.copied * 4,
         optimizer=0.0 if is_offloaded else state,
-        host=state + shard * 4 if is_offloaded else 0.0,
+        host=state + shard * (4 + returned) if is_offloaded else 0.0,
     )

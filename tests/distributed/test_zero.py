@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
+from tests.distributed.marks import quick
 from tests.distributed.test_equality import apart, worst
 from tests.distributed.zero_checks import (
     held_in_step,
@@ -75,7 +76,7 @@ def assert_alike(outcome: Outcome, expected: Outcome, tolerance: float) -> None:
 VARIANTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-@pytest.mark.parametrize(("stage", "precision"), VARIANTS)
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(1, "bf16"), (2, "fp32"), (3, "fp32")]))
 def test_order_of_passes_does_not_matter(ranks_of, stage, precision):
     """A pipeline runs several backward passes with no forward pass between them.
 
@@ -93,8 +94,13 @@ def test_order_of_passes_does_not_matter(ranks_of, stage, precision):
     assert (abs(lost_norm / norm - 1) > 1e-3) == (stage == 3)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "stage"),
+    quick(
+        [(recompute, stage) for recompute in ("selective", "full") for stage in range(4)],
+        [("selective", 2), ("selective", 3), ("full", 1), ("full", 3)],
+    ),
+)
 def test_recomputed_activations_change_nothing(ranks_of, stage, recompute):
     """Four micro-batches a rank. Counts, and with them the target load's biases, would double if made twice."""
     expected = known(ranks_of, 2, staged(RICH, stage), 2, 2)
@@ -120,19 +126,17 @@ def test_stage_3_differs_from_stage_1_by_the_order_of_one_sum(ranks_of):
     assert_alike(stage_3, plain, 5e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(2, "fp32"), (3, "fp32")]))
 def test_many_small_buckets_train_alike(ranks_of, stage, precision):
     """The other tests' models fit in one bucket; here one is smaller than the largest weight, as a step's part is."""
     sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size"), 3000)
     sizes |= {"stage3_max_live_parameters": 6000, "stage3_max_reuse_distance": 3000}
     changes = merged(staged(COMMON, stage), {"zero": {"deepspeed": {"zero_optimization": sizes}}})
     outcome = ranks_of(4).run(train, changes, 3, 2, precision)[0]
-    assert_alike(outcome, known(ranks_of, 4, staged(COMMON, stage), 3, 2, precision), 1e-5)
+    assert_alike(outcome, known(ranks_of, 4, staged(COMMON, stage), 3, 2, precision), 1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS[1:4] + VARIANTS[5:], [(2, "fp32"), (3, "fp32")]))
 def test_offloaded_optimizer_trains_alike(ranks_of, stage, precision):
     expected = known(ranks_of, 4, staged(COMMON, stage), 3, 2, precision)
     offload = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "torch"}}
@@ -140,17 +144,26 @@ def test_offloaded_optimizer_trains_alike(ranks_of, stage, precision):
     assert_alike(outcome, expected, 1e-5 if precision == "fp32" else 1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", quick([1, 2, 3], [2]))
 def test_deepspeed_cpu_adam_trains_alike(ranks_of, stage):
-    """It multiplies where torch divides: a few units in the last place of each update, at most 1e-6 of the weights."""
+    """One step from the same gradients: tests/parallel/test_optimizer.py derives the bound, here for both together.
+
+    Further steps would amplify that: an element whose gradient is little more than rounding moves like any other.
+    """
     from adamoe_dist.parallel import cpu_adam_problem
 
     problem = cpu_adam_problem()
     if problem:
         pytest.skip(problem)
-    expected = known(ranks_of, 2, staged(COMMON, stage), 3, 2)
+    expected = known(ranks_of, 2, staged(COMMON, stage), 1, 2)
     offload = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "deepspeed_cpu"}}
-    assert_alike(ranks_of(2).run(train, merged(staged(COMMON, stage), offload), 3, 2)[0], expected, 2e-5)
+    outcome = ranks_of(2).run(train, merged(staged(COMMON, stage), offload), 1, 2)[0]
+    assert outcome.losses == expected.losses and outcome.norms == expected.norms
+    rate, rounding = COMMON["optimizer"]["learning_rate"], 2.0**-24
+    for name, weight in expected.weights.items():
+        assert torch.equal(outcome.gradients[name], expected.gradients[name]), name
+        allowed = 2 * (rate * (12 * rounding + 5e-7) + 2 * rounding * weight.abs())
+        assert bool(((outcome.weights[name] - weight).abs() <= allowed).all()), name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -182,7 +195,7 @@ LARGER = {
 """5.6 M weights, so that a bucket is a sixteenth of the model."""
 
 
-@pytest.mark.parametrize(("stage", "precision"), VARIANTS)
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [*VARIANTS[:4], (2, "bf16")]))
 def test_each_stage_holds_the_shards_that_it_promises(ranks_of, stage, precision):
     """Live tensors on two ranks: stages 2 and 3 hold half of the gradients, stage 3 half of the weights.
 
@@ -204,7 +217,7 @@ def test_each_stage_holds_the_shards_that_it_promises(ranks_of, stage, precision
         assert state <= after.optimizer <= 1.01 * state
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", quick([False, True], [True]))
 def test_planned_weights_of_a_rank_are_those_that_are_built(ranks_of, tied):
     changes = {
         "model": {"num_layers": 4, "tie_embeddings": tied, "num_query_groups": 2},
