@@ -1,14 +1,16 @@
-"""Peak memory of a rank by ZeRO stage, with an offloaded optimizer, and by activation recompute.
+"""Memory of a rank by ZeRO stage, with an offloaded optimizer, and by activation recompute.
 
 Each row is a run of its own in fresh processes: data parallel over ``--ranks`` (with ``--expert`` experts are spread)::
 
     python benchmarks/memory.py
     python benchmarks/memory.py --ranks 4 --expert 2
 
-On a CPU the peak is the resident memory's, while training, above what the process had before the model; what is freed
-goes back to the system here, other than in training. On CUDA it is the most that was allocated. Beside it stands what
-``--dry-run`` plans for weights, gradients and optimizer; activations and communication come on top. For recompute the
-sequences are longer, so that activations show.
+*State* is the live tensors between the last backward pass and the step, by what they are for: all that the stage has to
+hold. *Peaks* are of the second step: of the forward and backward passes, and of the optimizer's step. On a CPU they are
+the resident memory's above what the process had before the model; what is freed goes back to the system here, other
+than in training. On CUDA they are the most that was allocated. Beside them stands what ``--dry-run`` plans for weights,
+gradients and optimizer; activations and communication come on top. For recompute the sequences are longer, so that
+activations show.
 """
 
 import argparse
@@ -27,15 +29,16 @@ import torch
 from common import BenchmarkParser, markdown, report
 
 from adamoe_dist import platform
-from adamoe_dist.config import config_from_dict, resolve
+from adamoe_dist.config import Resolved, config_from_dict, resolve
 from adamoe_dist.console import run_tool
 from adamoe_dist.model import build_model
-from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
+from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups, live_bytes
 from adamoe_dist.planning import count_parameters, rank_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARY = 8192
 STEPS = 2
+MEASURED = ("weights", "gradients", "optimizer state", "peak of passes", "peak of step", "planned state")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Row:
     """What was seen, the largest of the ranks, and what was planned, in MiB."""
 
     case: Case
-    peak: float
+    weights: float
+    gradients: float
+    optimizer: float
+    peak_passes: float
+    peak_step: float
     planned: float
 
 
@@ -84,7 +91,7 @@ def _tree(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_and_measure(case: Case, options: argparse.Namespace) -> Row:
-    """Train two steps on this rank and return the peak. Collective."""
+    """Train two steps on this rank and return what the second took. Collective."""
     launch = Launch.from_environment()
     config = config_from_dict(_tree(case, options))
     resolved = resolve(config, launch.world_size)
@@ -96,23 +103,32 @@ def train_and_measure(case: Case, options: argparse.Namespace) -> Row:
     model = build_model(config, resolved, VOCABULARY, dtype, platform.is_cuda()).model
     engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
     engine.train()
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step)
-        for _ in range(resolved.micro_batches_per_rank):
-            shape = (resolved.micro_batch_size, case.length + 1)
-            tokens = torch.randint(VOCABULARY, shape, generator=generator).to(device)
-            engine.backward(engine(tokens).mean(), resolved.micro_batches_per_rank)
+    for step in range(STEPS):  # building the model and the first step's lazy state are past in the last
+        _forget_peak()
+        _accumulate(engine, torch.Generator().manual_seed(step), case.length, resolved, device)
+        peak_passes, live = _peak() - before, live_bytes(engine)
+        _forget_peak()
         engine.step()
-        if step == 0:
-            _forget_peak()  # building the model and the first step's lazy state are past
-    peak = torch.tensor(_peak() - before, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+        peak_step = _peak() - before
+    numbers = [live.weights, live.gradients, live.optimizer, peak_passes, peak_step]
+    largest = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     parameters = count_parameters(config, config.padded_vocab_size(VOCABULARY))
     planned = rank_memory(config, resolved, parameters, case.precision)
     engine.close()
     destroy_groups()
     on_host = 0.0 if platform.is_cuda() else planned.host
-    return Row(case, float(peak) / 2**20, (planned.total + on_host) / 2**20)
+    weights, gradients, optimizer, peak_passes, peak_step = (largest / 2**20).tolist()
+    return Row(case, weights, gradients, optimizer, peak_passes, peak_step, (planned.total + on_host) / 2**20)
+
+
+def _accumulate(
+    engine: TrainingEngine, generator: torch.Generator, length: int, resolved: Resolved, device: torch.device
+) -> None:
+    for _ in range(resolved.micro_batches_per_rank):
+        shape = (resolved.micro_batch_size, length + 1)
+        tokens = torch.randint(VOCABULARY, shape, generator=generator).to(device)
+        engine.backward(engine(tokens).mean(), resolved.micro_batches_per_rank)
 
 
 def _free_at_once() -> None:
@@ -167,12 +183,12 @@ def run_case(case: Case, options: argparse.Namespace) -> Row:
     if any(process.returncode for process in ranks):
         raise RuntimeError(f"{case} failed with {[process.returncode for process in ranks]}")
     answer = json.loads(outputs[0].splitlines()[-1])
-    return Row(case, answer["peak"], answer["planned"])
+    return Row(**{**answer, "case": case})
 
 
 def main(argv: list[str]) -> int:
     """Measure all rows and print them."""
-    parser = BenchmarkParser("Peak memory of a rank by ZeRO stage, offload and recompute.")
+    parser = BenchmarkParser("Memory of a rank, in MiB, by ZeRO stage, offload and recompute.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--expert", type=int, default=1, help="expert-parallel ranks")
     parser.add_argument("--hidden", type=int, default=512)
@@ -186,7 +202,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(asdict(row)), flush=True)
         return 0
     rows = [run_case(case, options) for case in cases(options.precisions, options.length)]
-    header = ["stage", "precision", "optimizer", "recompute", "length", "peak, MiB", "planned state, MiB"]
+    header = ["stage", "precision", "optimizer", "recompute", "length", *MEASURED]
     table = markdown(
         header,
         [
@@ -196,8 +212,7 @@ def main(argv: list[str]) -> int:
                 "offloaded" if row.case.offload else "on device",
                 row.case.recompute,
                 row.case.length,
-                f"{row.peak:.0f}",
-                f"{row.planned:.0f}",
+                *(f"{value:.0f}" for name, value in asdict(row).items() if name != "case"),
             ]
             for row in rows
         ],

@@ -1,5 +1,6 @@
 """Groups of ranks and the DeepSpeed engine over Megatron's experts."""
 
+from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
 from adamoe_dist.parallel.groups import (
     Launch,
@@ -11,6 +12,7 @@ from adamoe_dist.parallel.groups import (
     replicas_group,
     stage_group,
 )
+from adamoe_dist.parallel.live import LiveBytes, live_bytes
 from adamoe_dist.parallel.optimizer import (
     apex_problem,
     build_optimizer,
@@ -27,11 +29,13 @@ from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_o
 
 __all__ = [
     "Launch",
+    "LiveBytes",
     "Schedule",
     "TrainingEngine",
     "UnshardedOptimizer",
     "WiringError",
     "apex_problem",
+    "bucket_sizes",
     "build_optimizer",
     "check_port",
     "checksum_experts",
@@ -44,10 +48,12 @@ __all__ = [
     "experts_of",
     "initialize_groups",
     "is_trained",
+    "live_bytes",
     "parameter_groups",
     "replicas_group",
     "sigterm_as_exit",
     "stage_group",
+    "trained_elements",
     "update_weights_of_stage_3",
     "verify_wiring",
     "watch_ranks",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adamoe_dist.config import Config, Layout, Resolved
 from adamoe_dist.model import LanguageModel
+from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
 from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
@@ -50,12 +51,16 @@ class MegatronExpertEngine(DeepSpeedEngine):
             loss = loss * self.optimizer.loss_scale
         return super().backward(loss, *arguments, **keywords)
 
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Reduce in buckets of ``reduce_bucket_size``; stage 0 and bf16 in stage 1 would copy all gradients at once."""
+        super().allreduce_gradients(bucket_size or self.zero_reduce_bucket_size())
+
     def _validate_zero3_moe_compatibility(self) -> None:
         """Accept: experts carry the marks by which stage 3 shards DeepSpeed's own, and ``verify_wiring`` checks."""
 
 
-def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:
-    """Return DeepSpeed's dictionary for a run: an output of the tree.
+def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype, elements: int) -> dict[str, Any]:
+    """Return DeepSpeed's dictionary for a run, an output of the tree; ``elements`` are those that this rank trains.
 
     Accumulation is the training loop's: the loss is divided there and each ``step()`` is a boundary, so DeepSpeed's own
     arithmetic sees one micro-batch a step. Gradients are accumulated and reduced in fp32. ZeRO's list of tested
@@ -63,6 +68,7 @@ def deepspeed_config(config: Config, resolved: Resolved, dtype: torch.dtype) -> 
     """
     extra = dict(config.zero.deepspeed)
     zero: dict[str, Any] = {"stage": config.zero.stage, "reduce_scatter": True, "contiguous_gradients": True}
+    zero.update(bucket_sizes(elements))
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero.update(extra.pop("zero_optimization", {}))
@@ -125,7 +131,7 @@ class TrainingEngine:
         self._tied = tied_embedding(model, config.model.tie_embeddings)
         implementation, _ = choose_implementation(config)
         optimizer = build_optimizer(config, parameter_groups(model, config.optimizer.weight_decay), implementation)
-        settings = deepspeed_config(config, resolved, dtype)
+        settings = deepspeed_config(config, resolved, dtype, trained_elements(model))
         expert_counts = (num_experts,) if resolved.layout.experts_are_apart else ()
         self.deepspeed = _initialize(model, optimizer, settings, expert_counts)
         self.model = model

@@ -110,6 +110,5 @@ def build_optimizer(config: Config, groups: list[dict[str, Any]], implementation
     elif implementation == "deepspeed_cpu":
         optimizer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, **common, adamw_mode=True)
     else:
-        is_fused = torch.cuda.is_available() and not config.zero.offload_optimizer
-        optimizer = torch.optim.AdamW(groups, **common, fused=is_fused)
+        optimizer = torch.optim.AdamW(groups, **common, fused=True)
     return optimizer

@@ -13,6 +13,7 @@ from tests.distributed import checkpoint_checks as checks
 from tests.distributed.cases import Outcome, merged
 from tests.distributed.checkpoint_checks import Layout
 from tests.distributed.harness import Ranks
+from tests.distributed.marks import quick
 
 pytestmark = pytest.mark.distributed
 
@@ -39,8 +40,11 @@ def assert_same_bits(first: Outcome, second: Outcome) -> None:
         assert torch.equal(value, second.weights[name]), name
 
 
+ALL_STAGES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+
+
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+    ("stage", "precision"), quick(ALL_STAGES, [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 )
 def test_resume_on_two_ranks_is_bit_identical(two: Ranks, tmp_path: Path, stage: int, precision: str) -> None:
     layout = Layout(expert_parallel=2, stage=stage, precision=precision)
@@ -85,7 +89,7 @@ def test_layout_may_change(one: Ranks, two: Ranks, tmp_path: Path) -> None:
     assert_same_bits(expected, back_from_one)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", quick([False, True], [True]))
 def test_every_degree_may_change(one: Ranks, two: Ranks, tmp_path: Path, tied: bool) -> None:
     """From one process to tensor, pipeline and context ranks and on from each; back with the same bits."""
     changes = {
@@ -106,11 +110,13 @@ def test_every_degree_may_change(one: Ranks, two: Ranks, tmp_path: Path, tied: b
         assert_same_bits(expected, again)
 
 
-SHARD_ALL = {"zero": {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}}
+IN_PARTS = {"stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
+SHARD_ALL = {"zero": {"deepspeed": {"zero_optimization": IN_PARTS}}}
+"""No weight whole on every rank, and as in large models several parts of the state that are updated one by one."""
 OFFLOAD = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "torch"}}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", quick(["fp32", "bf16"], ["fp32"]))
 def test_stage_may_change(two: Ranks, tmp_path: Path, precision: str) -> None:
     """Stages 1, 0, 3, 2 offloaded and 1 in turn, each a step from the last one's checkpoint: the unbroken run.
 
@@ -130,6 +136,7 @@ def test_stage_may_change(two: Ranks, tmp_path: Path, precision: str) -> None:
         path = tmp_path / str(number) / f"iter_{number + 1:07d}"
         losses += outcome.losses
         norms += outcome.norms
+    print([a / b - 1 for a, b in zip(losses + norms, expected.losses + expected.norms, strict=True)])
     assert losses == pytest.approx(expected.losses, rel=1e-6 if precision == "fp32" else 1e-4)
     assert norms == pytest.approx(expected.norms, rel=1e-4 if precision == "fp32" else 1e-3)
 

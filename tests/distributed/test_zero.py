@@ -8,8 +8,17 @@ import torch
 
 from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
+from tests.distributed.marks import quick
 from tests.distributed.test_equality import apart, worst
-from tests.distributed.zero_checks import overflow_in_fp16, passes, staged, train_in_fp16
+from tests.distributed.zero_checks import (
+    held_in_step,
+    overflow_in_fp16,
+    passes,
+    staged,
+    train_in_fp16,
+    train_with_nodes_before_norms,
+    weights_of_rank,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -67,7 +76,7 @@ def assert_alike(outcome: Outcome, expected: Outcome, tolerance: float) -> None:
 VARIANTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-@pytest.mark.parametrize(("stage", "precision"), VARIANTS)
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(1, "bf16"), (2, "fp32"), (3, "fp32")]))
 def test_order_of_passes_does_not_matter(ranks_of, stage, precision):
     """A pipeline runs several backward passes with no forward pass between them.
 
@@ -85,24 +94,49 @@ def test_order_of_passes_does_not_matter(ranks_of, stage, precision):
     assert (abs(lost_norm / norm - 1) > 1e-3) == (stage == 3)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "stage"),
+    quick(
+        [(recompute, stage) for recompute in ("selective", "full") for stage in range(4)],
+        [("selective", 2), ("selective", 3), ("full", 1), ("full", 3)],
+    ),
+)
 def test_recomputed_activations_change_nothing(ranks_of, stage, recompute):
-    """Four micro-batches a rank. Counts, and with them the target load's biases, would double if made twice.
-
-    Measured: the same bits in stage 1, up to 1e-5 of a weight in stage 3.
-    """
-    expected = known(ranks_of, 2, RICH, 2, 2)
+    """Four micro-batches a rank. Counts, and with them the target load's biases, would double if made twice."""
+    expected = known(ranks_of, 2, staged(RICH, stage), 2, 2)
     changes = merged(staged(RICH, stage), {"train": {"recompute": recompute}})
     outcome = ranks_of(2).run(train, changes, 2, 2)[0]
     assert outcome.biases
     if recompute == "selective":  # full recompute counts in the backward pass
         assert outcome.first_micro_batch == expected.first_micro_batch
-    assert_alike(outcome, expected, 5e-5)
+    assert_alike(outcome, expected, 0.0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stage_3_differs_from_stage_1_by_the_order_of_one_sum(ranks_of):
+    """DeepSpeed puts a node of its own before each module's inputs.
+
+    A norm's input takes a gradient from the residual and two from within the norm: with the node those two are added
+    first, without it the residual's comes first. With such a node in stage 1 all gradients are the same bits; without
+    it they differ by 9e-6 of a gradient that is itself what large terms leave.
+    """
+    plain, stage_3 = known(ranks_of, 2, RICH, 2, 2), known(ranks_of, 2, staged(RICH, 3), 2, 2)
+    same_order = ranks_of(2).run(train_with_nodes_before_norms, RICH, 1, 2)[0]
+    for name, gradient in stage_3.gradients.items():
+        assert torch.equal(gradient, same_order.gradients[name]), name
+    assert_alike(stage_3, plain, 5e-5)
+
+
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(2, "fp32"), (3, "fp32")]))
+def test_many_small_buckets_train_alike(ranks_of, stage, precision):
+    """The other tests' models fit in one bucket; here one is smaller than the largest weight, as a step's part is."""
+    sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size"), 3000)
+    sizes |= {"stage3_max_live_parameters": 6000, "stage3_max_reuse_distance": 3000}
+    changes = merged(staged(COMMON, stage), {"zero": {"deepspeed": {"zero_optimization": sizes}}})
+    outcome = ranks_of(4).run(train, changes, 3, 2, precision)[0]
+    assert_alike(outcome, known(ranks_of, 4, staged(COMMON, stage), 3, 2, precision), 1e-6)
+
+
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS[1:4] + VARIANTS[5:], [(2, "fp32"), (3, "fp32")]))
 def test_offloaded_optimizer_trains_alike(ranks_of, stage, precision):
     expected = known(ranks_of, 4, staged(COMMON, stage), 3, 2, precision)
     offload = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "torch"}}
@@ -110,17 +144,26 @@ def test_offloaded_optimizer_trains_alike(ranks_of, stage, precision):
     assert_alike(outcome, expected, 1e-5 if precision == "fp32" else 1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", quick([1, 2, 3], [2]))
 def test_deepspeed_cpu_adam_trains_alike(ranks_of, stage):
-    """It multiplies where torch divides: a few units in the last place of each update, at most 1e-6 of the weights."""
+    """One step from the same gradients: tests/parallel/test_optimizer.py derives the bound, here for both together.
+
+    Further steps would amplify that: an element whose gradient is little more than rounding moves like any other.
+    """
     from adamoe_dist.parallel import cpu_adam_problem
 
     problem = cpu_adam_problem()
     if problem:
         pytest.skip(problem)
-    expected = known(ranks_of, 2, staged(COMMON, stage), 3, 2)
+    expected = known(ranks_of, 2, staged(COMMON, stage), 1, 2)
     offload = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "deepspeed_cpu"}}
-    assert_alike(ranks_of(2).run(train, merged(staged(COMMON, stage), offload), 3, 2)[0], expected, 2e-5)
+    outcome = ranks_of(2).run(train, merged(staged(COMMON, stage), offload), 1, 2)[0]
+    assert outcome.losses == expected.losses and outcome.norms == expected.norms
+    rate, rounding = COMMON["optimizer"]["learning_rate"], 2.0**-24
+    for name, weight in expected.weights.items():
+        assert torch.equal(outcome.gradients[name], expected.gradients[name]), name
+        allowed = 2 * (rate * (12 * rounding + 5e-7) + 2 * rounding * weight.abs())
+        assert bool(((outcome.weights[name] - weight).abs() <= allowed).all()), name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -141,3 +184,46 @@ def test_overflow_on_one_rank_skips_the_step_on_all(ranks_of, stage):
     assert [skipped for skipped, *_ in first] == [False, True, False]
     assert [count for _, count, *_ in first] == [0, 1, 1]
     assert [change > 0 for *_, change in first] == [True, False, True]
+
+
+LARGER = {
+    "model": {"hidden_size": 256},
+    "moe": {"expert_hidden_size": 256},
+    "parallel": {"expert": 1},
+    "train": {"global_batch_size": 4, "micro_batch_size": 1},
+}
+"""5.6 M weights, so that a bucket is a sixteenth of the model."""
+
+
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [*VARIANTS[:4], (2, "bf16")]))
+def test_each_stage_holds_the_shards_that_it_promises(ranks_of, stage, precision):
+    """Live tensors on two ranks: stages 2 and 3 hold half of the gradients, stage 3 half of the weights.
+
+    A bucket may come on top, and in stage 2 the one weight, here at most 8 experts' 256 x 512, that both ranks share.
+    """
+    width = 4 if precision == "fp32" else 2
+    for elements, before, after in ranks_of(2).run(held_in_step, staged(LARGER, stage), precision):
+        print(elements, before, after)
+        gradients = 4 * elements / (1 if stage < 2 else 2)
+        if (stage, precision) == (1, "bf16"):
+            gradients += width * elements  # the last micro-batch's, which DeepSpeed leaves where they arrived
+        allowed = 4 * elements / 16 + (4 * 8 * 256 * 512 if stage == 2 else 0)
+        assert gradients <= before.gradients <= gradients + 1.1 * allowed
+        weights = width * elements / (1 if stage < 3 else 2)
+        for live in (before, after):
+            assert weights <= live.weights <= 1.01 * weights
+        masters = 0 if (stage, precision) == (0, "fp32") else 4
+        state = (masters + 8) * elements / (1 if stage == 0 else 2)
+        assert state <= after.optimizer <= 1.01 * state
+
+
+@pytest.mark.parametrize("tied", quick([False, True], [True]))
+def test_planned_weights_of_a_rank_are_those_that_are_built(ranks_of, tied):
+    changes = {
+        "model": {"num_layers": 4, "tie_embeddings": tied, "num_query_groups": 2},
+        "moe": {"layer_frequency": 2, "shared_expert_hidden_size": 24, "null_types": {"identity": 2, "constant": 2}},
+    }
+    layouts = [{"tensor": 2, "pipeline": 2}, {"expert_tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}]
+    for degrees in (*layouts, {"pipeline": 2, "context": 2, "expert": 2}):
+        for built, planned in ranks_of(4).run(weights_of_rank, merged(changes, {"parallel": degrees})):
+            assert built == planned, degrees

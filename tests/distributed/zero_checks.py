@@ -92,3 +92,64 @@ def overflow_in_fp16(changes: dict[str, Any]) -> list[tuple[bool, int, float, fl
             before = after
             seen.append((engine.is_skipped, engine.skipped_steps, engine.loss_scale, change))
         return seen
+
+
+def held_in_step(changes: dict[str, Any], precision: str) -> tuple[int, Any, Any]:
+    """Elements of the model, and what is held between the last backward pass and the step, and after the step."""
+    from adamoe_dist.parallel import live_bytes
+
+    with built(changes, precision) as engine:
+        elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+        for micro in tokens_of(torch.distributed.get_rank(), 2, 32).split(1):
+            engine.backward(engine(micro).mean(), 2)
+        before = live_bytes(engine)
+        engine.step()
+        return elements, before, live_bytes(engine)
+
+
+class _Node(torch.autograd.Function):
+    """The identity."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+def train_with_nodes_before_norms(changes: dict[str, Any], steps: int, expert_parallel: int) -> Outcome:
+    """Training in which both gradients from within a norm are added before the residual's."""
+    from adamoe_dist.model.modules import RMSNorm
+
+    original = RMSNorm.forward
+    with mock.patch.object(RMSNorm, "forward", lambda self, hidden: original(self, _Node.apply(hidden))):
+        return train(changes, steps, expert_parallel)
+
+
+def weights_of_rank(changes: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Dense, expert and copied weights on this rank: those of the built model, and those planned."""
+    from megatron.core import parallel_state
+
+    from adamoe_dist.config import config_from_dict, resolve
+    from adamoe_dist.model import build_model, is_tied_copy
+    from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
+    from adamoe_dist.planning import count_parameters, rank_parameters
+
+    launch = Launch.from_environment()
+    config = config_from_dict(merged(BASE, changes))
+    resolved = resolve(config, launch.world_size)
+    initialize_groups(launch, resolved)
+    try:
+        model = build_model(config, resolved, VOCAB, torch.float32, cuda=False).model
+        counts = {"dense": 0.0, "expert": 0.0, "copied": 0.0}
+        for parameter in model.parameters():
+            kind = "expert" if getattr(parameter, "is_expert", False) else "dense"
+            counts["copied" if is_tied_copy(parameter) else kind] += parameter.numel()
+        embedding = count_parameters(config, config.padded_vocab_size(VOCAB)).embedding
+        stages = rank_parameters(config, resolved.layout, embedding)
+        planned = stages[parallel_state.get_pipeline_model_parallel_rank()]
+        return tuple(counts.values()), (planned.dense, planned.expert, planned.copied)
+    finally:
+        destroy_groups()

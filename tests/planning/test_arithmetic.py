@@ -96,7 +96,28 @@ def test_memory_of_every_stage() -> None:
     assert memory(1, "bf16") == (2 * whole, 6 * whole, 12 * half, 0)
     assert memory(2, "bf16") == (2 * whole, 4 * half, 12 * half, 0)
     assert memory(3, "bf16") == (2 * half, 4 * half, 12 * half, 0)
-    assert memory(2, "bf16", offload=True) == (2 * whole, 4 * half, 0, 16 * half)
+    assert memory(2, "bf16", offload=True) == (2 * whole, 4 * half, 0, 18 * half)
+    assert memory(3, "fp32", offload=True) == (4 * half, 4 * half, 0, 16 * half)
+
+
+def test_memory_of_a_rank_in_every_degree() -> None:
+    """Two stages of two layers, of which one has experts; the embedding is on the first, the output on the last."""
+    tree = merged(BASE, {"model": {"num_layers": 4}, "moe": {"layer_frequency": 2}, "zero": {"stage": 0}})
+    width, embedding = 64, VOCAB * 64
+    attention, feed_forward, expert = 4 * width**2, 12 * width**2, 8 * 3 * width * 48
+    norms, router = 2 * width, (8 + 8) * width
+
+    def weights(world_size: int, **degrees: int) -> float:
+        config = config_from_dict(merged(tree, {"parallel": degrees}))
+        counted = count_parameters(config, VOCAB)
+        return rank_memory(config, resolve(config, world_size), counted, "fp32").weights / 4
+
+    layers = 2 * attention + feed_forward
+    last = layers + embedding + 2 * norms + router + width
+    assert weights(2, pipeline=2, expert=1) == last + expert
+    assert weights(4, pipeline=2, tensor=2, expert=1) == (layers + embedding) / 2 + 2 * norms + router + width + expert
+    assert weights(4, pipeline=2, expert_tensor=2, expert=1) == last + expert / 2
+    assert weights(2, tensor=2, expert=2) == layers + embedding + 4 * norms + 2 * router + width + expert
 
 
 def test_a_target_load_is_what_is_planned_with() -> None:
