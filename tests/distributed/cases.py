@@ -168,6 +168,7 @@ def train(
         platform.seed_everything(config.run.seed, deterministic=False)
         dtype, device = DTYPES[precision], platform.device(launch.local_rank)
         built = build_model(config, resolved, VOCAB, dtype, cuda=platform.is_cuda())
+        require_equal_replicas(built.model)  # before a broadcast of the engine's could hide a difference
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
         schedule = Schedule(engine, built.model, dtype, device)
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
