@@ -14,7 +14,7 @@ COMPAT_BIN := .venv-compat/bin
 QUICKSTART_DATA := data/quickstart
 PYTEST := -m pytest -q --durations=10
 
-.PHONY: help quickstart test test-fast test-full test-compat lint format clean
+.PHONY: help quickstart test test-fast test-full test-compat parallelism-table lint format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,12 @@ test-fast: .venv/.installed ## Run the tests that need one process (under 2 minu
 test-full: .venv/.installed ## Run every test, the slow ones too
 	@echo "== all tests"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) tests
+
+parallelism-table: .venv/.installed ## Run the whole matrix of layouts and put its table into docs/parallelism.md
+	@echo "== every layout, ZeRO stage and precision against one process"
+	@$(BIN)/python $(PYTEST) tests/distributed/test_matrix.py --matrix-results .matrix.json
+	@$(BIN)/python -m tests.distributed.matrix_table .matrix.json
+	@rm .matrix.json
 
 test-compat: .venv-compat/.installed ## Run the tests on Python 3.12 with the newest supported megatron-core
 	@echo "== tests with megatron-core $(COMPAT_MEGATRON) on Python 3.12"

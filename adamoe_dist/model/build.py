@@ -104,6 +104,9 @@ class LanguageModel(torch.nn.Module):
         inputs, labels = self._own(tokens[:, :-1]), self._own(tokens[:, 1:])
         if padding_mask is not None:
             padding_mask = self._own(padding_mask)
+            if not self.is_first_stage:  # Megatron cuts it along the sequence where it embeds, and there only
+                ranks = parallel_state.get_tensor_model_parallel_world_size()
+                padding_mask = padding_mask.chunk(ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
         if hidden is not None:
             self.gpt.set_input_tensor(hidden)
         output: Tensor = self.gpt(inputs, positions(inputs), None, labels=labels, padding_mask=padding_mask)

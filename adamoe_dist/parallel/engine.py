@@ -14,7 +14,7 @@ from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
-from adamoe_dist.parallel.stage3 import forget_model, sum_norm_over_expert_tensor_ranks
+from adamoe_dist.parallel.stage3 import forget_model
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, verify_marks, verify_wiring
 
@@ -129,8 +129,6 @@ class TrainingEngine:
         expert_counts = (num_experts,) if resolved.layout.experts_are_apart else ()
         self.deepspeed = _initialize(model, optimizer, settings, expert_counts)
         self.model = model
-        if resolved.layout.expert_tensor > 1:
-            sum_norm_over_expert_tensor_ranks(self.deepspeed.optimizer)
         self.is_scaled = dtype == torch.float16
         if self.is_scaled:
             self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False

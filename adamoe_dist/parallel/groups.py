@@ -83,15 +83,20 @@ def _expert_nodes(node: int, device: torch.device) -> tuple[int, ...]:
 
 
 def register_expert_groups(layout: Layout) -> None:
-    """Give DeepSpeed Megatron's expert groups: it has no way to ask for them, only these tables."""
+    """Give DeepSpeed Megatron's expert groups: it has no way to ask for them, only these tables.
+
+    It uses the first only for the gradient norm, which it sums over the ranks that hold different experts. Ranks that
+    share an expert hold different parts of it, so they belong to that group; DeepSpeed's own way of summing over them
+    takes them for the tensor-parallel ranks.
+    """
     name = expert_group_name(layout.expert)
-    expert = parallel_state.get_expert_model_parallel_group()
+    expert = parallel_state.get_expert_tensor_and_model_parallel_group()
     expert_data = parallel_state.get_expert_data_parallel_group()
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = expert
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data
     deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert)
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(expert_data)
-    deepspeed_groups.expert_tensor_parallel_world_size = layout.expert_tensor
+    deepspeed_groups.expert_tensor_parallel_world_size = 1
 
 
 def replicas_group() -> dist.ProcessGroup:

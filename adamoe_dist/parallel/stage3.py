@@ -1,13 +1,11 @@
 """What DeepSpeed's stage 3 has no call for: weights set from outside, and an engine that is closed."""
 
 import inspect
-from typing import Any
 
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from megatron.core import parallel_state
 
 
 def update_weights_of_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -21,18 +19,6 @@ def update_weights_of_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
     if kept:
         kept[0].partition(kept)
         kept[0].all_gather(kept)
-
-
-def sum_norm_over_expert_tensor_ranks(optimizer: Any) -> None:
-    """Let stage 3 sum the norm of experts over the ranks that share each expert, too.
-
-    It knows expert- and expert-data-parallel ranks, which are all of a stage only where experts are whole.
-    """
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return
-    original = optimizer._autoep_expert_parallel_group
-    everyone = parallel_state.get_expert_tensor_and_model_parallel_group()
-    optimizer._autoep_expert_parallel_group = lambda params: None if original(params) is None else everyone
 
 
 def forget_model(model: torch.nn.Module) -> None:

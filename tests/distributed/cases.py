@@ -136,12 +136,14 @@ def train(
     precision: str = "fp32",
     force: str | None = None,
     padded: bool = False,
+    backwards: bool = False,
 ) -> Outcome:
     """Train a small model on this rank's part of each global batch; all ranks call it together.
 
     ``degrees`` are those of the section ``parallel``, or the expert-parallel degree alone. ``force`` bends the router:
     ``starve`` leaves expert 0 without rows in the first micro-batch, ``all_null`` sends every token of it to null
-    experts only. ``padded`` marks the ends of samples as padding, of some more than of others.
+    experts only. ``padded`` marks the ends of samples as padding, of some more than of others. ``backwards`` takes a
+    rank's micro-batches of a step in the reverse order: the same sums, rounded otherwise.
     """
     import torch.distributed as dist
 
@@ -178,6 +180,7 @@ def train(
             batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length).to(device)
             micro = batch.split(resolved.micro_batch_size)[data_parallel_rank() :: layout.data]
             assert len(micro) == resolved.micro_batches_per_rank
+            micro = micro[::-1] if backwards else micro
             for layer in built.model.moe_layers:
                 layer.counters.reset()
             capture = GradientCapture(built.model) if step == 0 else None

@@ -6,6 +6,7 @@ test module, because importing torch, DeepSpeed and Megatron costs seconds.
 
 import contextlib
 import gc
+import logging
 import multiprocessing as mp
 import os
 import pickle
@@ -45,6 +46,7 @@ def _serve(rank: int, world_size: int, pipe: Any, cuda: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from adamoe_dist import platform
 
     platform.prepare()

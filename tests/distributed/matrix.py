@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import Outcome, merged
+from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
 
 RanksOf = Callable[[int], Ranks]
@@ -64,7 +64,6 @@ class Cell:
     stage: int
     precision: str
     optimizer: str
-    tied: bool = False
 
     @property
     def world(self) -> int:
@@ -75,12 +74,34 @@ class Cell:
         return LAYOUTS[self.layout][1]
 
     @property
-    def is_refused(self) -> bool:
-        """ZeRO-3 under a pipeline."""
-        return self.stage == 3 and self.degrees.get("pipeline", 1) > 1
+    def name(self) -> str:
+        """For messages and test identifiers."""
+        return f"{self.layout}, stage {self.stage}, {self.precision}, {self.optimizer}"
+
+    @property
+    def refusal(self) -> str | None:
+        """What a run that cannot work is refused with."""
+        if self.stage == 3 and "pipeline" in self.degrees:
+            return "zero.stage=3 gathers weights in an order that the stages of parallel.pipeline="
+        return None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether ``make test`` runs the cell; all are run by ``make test-full``.
+
+        Every layout under stages 1 and 2, every stage on two ranks, every precision and optimizer on two ranks.
+        """
+        if self.precision == "fp32" and self.optimizer == "sgd":
+            return self.stage == 2 or (self.world == 2 and self.stage in (0, 3))
+        return self.world == 2 and self.stage == 1
+
+    @property
+    def is_tied(self) -> bool:
+        """Half of the layouts have a tied embedding, those with a pipeline among them."""
+        return "PP" in self.layout or "DP" in self.layout
 
     def changes(self) -> dict[str, Any]:
-        changes = merged(COMMON, {"zero": {"stage": self.stage}, "model": {"tie_embeddings": self.tied}})
+        changes = merged(COMMON, {"zero": {"stage": self.stage}, "model": {"tie_embeddings": self.is_tied}})
         return merged(changes, SGD if self.optimizer == "sgd" else {})
 
 
@@ -131,6 +152,53 @@ def deviation(ours: Outcome, theirs: Outcome) -> Deviation:
     )
 
 
-def write_results(path: Path, results: dict[Cell, Deviation]) -> None:
+def within(found: Deviation, band: Deviation) -> list[str]:
+    """The measures that leave their band, in words."""
+    limits = asdict(band)
+    return [f"{name} {value:.1e} > {limits[name]:.1e}" for name, value in asdict(found).items() if value > limits[name]]
+
+
+class References:
+    """Single-process runs and the bands that they give, each made once.
+
+    fp32: losses, norms and the first step's gradients to 1e-5, and after SGD all weights. AdamW divides by the root of
+    the squared gradient, so that a gradient which is rounding error moves its weight like any other: weights may be 10
+    times as far apart as those of one process that takes the same micro-batches in the reverse order.
+
+    bf16: a layout rounds at other places than one process does, and routes near ties to other experts; it need not be
+    more exact than one process. Two such runs may be twice as far apart as one process in bf16 is from one in fp32; the
+    band is three times that.
+    """
+
+    def __init__(self, ranks_of: RanksOf) -> None:
+        self._ranks_of = ranks_of
+        self._runs: dict[tuple[str, str, bool, bool], Outcome] = {}
+
+    def run(self, cell: Cell, precision: str | None = None, backwards: bool = False) -> Outcome:
+        key = (precision or cell.precision, cell.optimizer, cell.is_tied, backwards)
+        if key not in self._runs:
+            changes = merged(cell.changes(), {"zero": {"stage": 1}})
+            self._runs[key] = self._ranks_of(1).run(train, changes, STEPS, 1, key[0], None, False, backwards)[0]
+        return self._runs[key]
+
+    def band(self, cell: Cell) -> Deviation:
+        single = self.run(cell)
+        if cell.precision == "bf16":
+            rounding = asdict(deviation(single, self.run(cell, "fp32")))
+            return Deviation(**{name: 3 * value for name, value in rounding.items()})
+        if cell.optimizer == "sgd":
+            return Deviation(losses=1e-5, norms=1e-5, gradients=1e-5, weights=1e-5, ways=1e-4)
+        orders = deviation(self.run(cell, backwards=True), single)
+        return Deviation(losses=1e-5, norms=1e-5, gradients=1e-5, weights=10 * orders.weights, ways=10 * orders.ways)
+
+
+def all_cells() -> list[Cell]:
+    kinds = (("fp32", "sgd"), ("fp32", "adamw"), ("bf16", "adamw"))
+    return [Cell(layout, stage, *kind) for layout in LAYOUTS for stage in STAGES for kind in kinds]
+
+
+def write_results(path: Path, bands: dict[str, Deviation], results: dict[Cell, Deviation]) -> None:
+    """Write what was measured, for ``tests/distributed/matrix_table.py``."""
     rows = [{**asdict(cell), **asdict(found)} for cell, found in results.items()]
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    content = {"bands": {name: asdict(band) for name, band in bands.items()}, "cells": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -97,6 +97,7 @@ def test_default_command_prepares_its_data_and_trains(checkout) -> None:
         covered("parallel.expert=2"),
         covered("run.name=top2"),
         covered("run.name=held"),
+        covered("run.name=cut"),
     ],
 )
 def test_training_commands(checkout, fragment: str) -> None:
