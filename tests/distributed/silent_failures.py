@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from tests.distributed import cases
@@ -68,6 +70,7 @@ def _auxiliary_scale(scale: Callable[[Any, int], float]) -> Callable[[Replace], 
 
 def _forget_expert_tensor_ranks(replace: Replace) -> None:
     import deepspeed.utils.groups as tables
+    from megatron.core import parallel_state
 
     from adamoe_dist.parallel import groups
 
@@ -75,16 +78,21 @@ def _forget_expert_tensor_ranks(replace: Replace) -> None:
 
     def register(layout: Any) -> None:
         original(layout)
-        tables.expert_tensor_parallel_world_size = 1
+        for name in tables._EXPERT_PARALLEL_GROUP:
+            tables._EXPERT_PARALLEL_GROUP[name] = parallel_state.get_expert_model_parallel_group()
 
     replace(groups, "register_expert_groups", register)
 
 
 def _draw_by_rank(replace: Replace) -> None:
-    from adamoe_dist import platform
+    """The weights of layers; experts' have draws of their own."""
+    from adamoe_dist.model import build
 
-    original = platform.seed_everything
-    replace(platform, "seed_everything", lambda seed, **_: original(seed + torch.distributed.get_rank(), False))
+    class SeedByRank(np.random.SeedSequence):
+        def __init__(self, entropy: tuple[int, ...]) -> None:
+            super().__init__((*entropy, torch.distributed.get_rank()))
+
+    replace(build, "np", SimpleNamespace(random=SimpleNamespace(SeedSequence=SeedByRank)))
 
 
 def _reduce_over_data_ranks_only(replace: Replace) -> None:
@@ -142,7 +150,6 @@ REMEDIES: dict[str, Callable[[Replace], None]] = {
     "sums over tensor ranks": _skip("sum_over_tensor_ranks"),
     "tied embedding": _skip("tied_embedding"),
     "expert-tensor ranks in the norm": _forget_expert_tensor_ranks,
-    "expert-tensor ranks in the norm of stage 3": _skip("sum_norm_over_expert_tensor_ranks"),
     "auxiliary losses over micro-batches": _auxiliary_scale(lambda engine, _: engine.loss_scale),
     "auxiliary losses times the loss scale": _auxiliary_scale(lambda _, micro_batches: 1.0 / micro_batches),
     "one draw for all ranks": _draw_by_rank,
