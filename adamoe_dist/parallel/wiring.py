@@ -113,7 +113,7 @@ def _numel(parameter: torch.Tensor) -> int:
 
 
 def _verify_order(engine: Any, model: torch.nn.Module) -> None:
-    """The ranks of a stage have the same weights in the same order: ZeRO joins them and cuts what it gets by position."""
+    """The ranks of a stage have the same weights in the same order: ZeRO joins them and cuts that by position."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     mine = [(index, names.get(id(parameter), "")) for index, parameter in _trained(engine.optimizer)]
     everyone: list[Any] = [None] * stage_group().size()

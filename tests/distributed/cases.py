@@ -210,7 +210,9 @@ def biases_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The selection biases of this rank, where there are any."""
     from adamoe_dist.model import canonical_buffers
 
-    return {name: buffer.clone().cpu() for name, buffer in canonical_buffers(model).items() if name.endswith("expert_bias")}
+    return {
+        name: buffer.clone().cpu() for name, buffer in canonical_buffers(model).items() if name.endswith("expert_bias")
+    }
 
 
 def counted(layer: Any) -> tuple[dict[str, float], tuple[list[int], list[int]]]:

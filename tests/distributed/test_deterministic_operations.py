@@ -119,4 +119,9 @@ def test_what_would_be_refused_is_found():
         torch.histc(torch.ones(2))
         torch.ones(3, dtype=torch.int64).cumsum(0)
         torch.nn.functional.nll_loss(torch.ones(2, 2), torch.ones(2, dtype=torch.int64))
-    assert {name.partition(".")[0] for name in operations.refused} == {"cumsum", "bincount", "histc", "nll_loss_forward"}
+    assert {name.partition(".")[0] for name in operations.refused} == {
+        "cumsum",
+        "bincount",
+        "histc",
+        "nll_loss_forward",
+    }

@@ -18,6 +18,6 @@ def test_cpu_ranks_train_as_one_cpu_process(ranks_of, layout, stage, precision):
 
 def test_another_training_is_told_apart(ranks_of):
     other = {"moe": {"router": {"balance": {"coefficient": 0.0}}}}
-    with pytest.raises(AssertionError, match="norms|gradients"):
+    with pytest.raises(AssertionError, match=r"norms|gradients"):
         bodies.trains_alike(ranks_of, {}, other, "fp32")
     bodies.trains_alike(ranks_of, {"train": {"recompute": "full"}}, {}, "fp32")

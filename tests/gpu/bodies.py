@@ -31,7 +31,9 @@ def on_cpu(cpus: RanksOf) -> Outcome:
     return _KNOWN["reference"]
 
 
-def outcome_of(places: RanksOf, world: int, degrees: dict[str, int], changes: dict[str, Any], precision: str) -> Outcome:
+def outcome_of(
+    places: RanksOf, world: int, degrees: dict[str, int], changes: dict[str, Any], precision: str
+) -> Outcome:
     if precision == "fp16":
         return places(world).run(train_in_fp16, merged(COMMON, changes), STEPS, degrees)[0]
     return places(world).run(train, merged(COMMON, changes), STEPS, degrees, precision)[0]

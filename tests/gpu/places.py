@@ -11,3 +11,7 @@ def missing(gpus: int) -> str | None:
         return f"torch {torch.__version__} finds no CUDA device"
     available = torch.cuda.device_count()
     return None if available >= gpus else f"needs {gpus} GPUs and there are {available}"
+
+
+if __name__ == "__main__":
+    print(missing(1) or "", end="")
