@@ -16,8 +16,8 @@ def fix_order_of_sums() -> None:
     """Set what CUDA's libraries read when they start; call it before anything computes or communicates on CUDA.
 
     - cuBLAS gets workspaces of a fixed size. It reads them with its first product, and torch remembers what it found.
-    - NCCL gets one algorithm, in which each sum has one order of terms on given machines. NVLS adds in the switch, in no
-      fixed order; and where NCCL may choose, its choice can change with a version.
+    - NCCL gets one algorithm, in which each sum has one order of terms on given machines. NVLS adds in the switch, in
+      no fixed order; and where NCCL may choose, its choice can change with a version.
 
     Both are ignored without CUDA.
 
