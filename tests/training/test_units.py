@@ -108,6 +108,7 @@ def test_every_metric_of_the_interface_has_a_tensorboard_tag() -> None:
         "lm_loss balance_loss z_loss grad_norm learning_rate step_time_s tokens_per_second true_experts_per_token "
         "null_share all_null_share dropped_share dispatch_rows dispatch_bytes dispatch_rows_undeduplicated "
         "dispatch_rows_same_rank dispatch_rows_same_node dispatch_rows_other_node "
-        "expert_flops_saved target_load_error memory_peak_gib validation_loss validation_bits_per_byte"
+        "expert_flops_saved target_load_error memory_peak_gib loss_scale skipped_steps "
+        "validation_loss validation_bits_per_byte"
     )
     assert set(promised.split()) == set(TAGS)
