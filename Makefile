@@ -13,8 +13,10 @@ BIN := .venv/bin
 COMPAT_BIN := .venv-compat/bin
 QUICKSTART_DATA := data/quickstart
 PYTEST := -m pytest -q --durations=10
+# These tests are of the CPU, also where there are GPUs; `make test-gpu` has the others.
+ON_CPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: help quickstart test test-fast test-full test-compat parallelism-table lint format clean
+.PHONY: help quickstart test test-fast test-full test-compat test-gpu parallelism-table lint format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,15 +55,21 @@ quickstart: .venv/.installed ## Train a small AdaMoE model on this Python's own 
 
 test: .venv/.installed ## Run the tests (under 30 minutes on 2 cores)
 	@echo "== tests, without those marked slow"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not slow" tests
+	@$(ON_CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not slow" tests
 
 test-fast: .venv/.installed ## Run the tests that need one process (under 2 minutes)
 	@echo "== tests of one process"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not slow and not distributed and not end_to_end" tests
+	@$(ON_CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m "not slow and not distributed and not end_to_end" tests
 
 test-full: .venv/.installed ## Run every test, the slow ones too
 	@echo "== all tests"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) tests
+	@$(ON_CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) tests
+
+test-gpu: .venv/.installed ## Run what CUDA GPUs can show: one, two, or four of them (says so where there is none)
+	@reason=$$($(BIN)/python -m tests.gpu.places); \
+	if [ -n "$$reason" ]; then echo "== no GPU tests: $$reason"; exit 0; fi; \
+	echo "== GPU tests"; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(PYTEST) -m gpu tests/gpu
 
 parallelism-table: .venv/.installed ## Run the whole matrix of layouts and put its table into docs/parallelism.md
 	@echo "== every layout, ZeRO stage and precision against one process"
@@ -71,7 +79,7 @@ parallelism-table: .venv/.installed ## Run the whole matrix of layouts and put i
 
 test-compat: .venv-compat/.installed ## Run the tests on Python 3.12 with the newest supported megatron-core
 	@echo "== tests with megatron-core $(COMPAT_MEGATRON) on Python 3.12"
-	@PATH="$(CURDIR)/$(COMPAT_BIN):$$PATH" $(COMPAT_BIN)/python $(PYTEST) -m "not slow" tests
+	@$(ON_CPU) PATH="$(CURDIR)/$(COMPAT_BIN):$$PATH" $(COMPAT_BIN)/python $(PYTEST) -m "not slow" tests
 
 lint: .venv/.installed ## Check style, types and formatting
 	@echo "== ruff and mypy"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Correctness, time and memory of one MoE layer on one CUDA GPU: benchmarks/gpu.sh [DIRECTORY] [options of gpu.py]
+# Tests on CUDA, then correctness, time and memory of one MoE layer: benchmarks/gpu.sh [DIRECTORY] [options of gpu.py]
 #
-# DIRECTORY (default: $OUT, else ./gpu-results) receives gpu.json and gpu.md. Without network it runs in the first
-# Python that has what it needs: $PYTHON, the repository's .venv, python3. With --install as first argument it makes
-# .venv-gpu from the pinned constraints first.
+# DIRECTORY (default: $OUT, else ./gpu-results) receives tests.txt, gpu.json and gpu.md. After tests that fail the rest
+# still runs, and the exit code is theirs. Without network it runs in the first Python that has what it needs: $PYTHON,
+# the repository's .venv, python3. With --install as first argument it makes .venv-gpu from the pinned constraints first.
 set -euo pipefail
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
@@ -39,7 +39,7 @@ if [[ "${1:-}" == --install ]]; then
   echo "== making .venv-gpu" >&2
   "${PYTHON:-python3}" -m venv .venv-gpu
   .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-  .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+  .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 fi
 
 output=${OUT:-$caller/gpu-results}
@@ -68,4 +68,13 @@ fi
 
 mkdir -p "$output"
 echo "== $chosen, results in $output" >&2
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$chosen" benchmarks/gpu.py "$output" "$@" | tee "$output/gpu.md"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+tests=0
+if "$chosen" -c 'import pytest' 2>/dev/null; then
+  "$chosen" -m pytest -q -p no:cacheprovider -m gpu tests/gpu >"$output/tests.txt" 2>&1 || tests=$?
+  echo "== GPU tests: $(tail -n 1 "$output/tests.txt"); $output/tests.txt" >&2
+else
+  echo "== GPU tests: not run, $chosen has no pytest" >&2
+fi
+"$chosen" benchmarks/gpu.py "$output" "$@" | tee "$output/gpu.md"
+exit "$tests"

@@ -13,5 +13,7 @@ class RunConfig:
     dir: str | None = key(None, "Run directory; null means runs/<run.name>.")
     seed: int = key(1234, "Seed of the initial weights and of the data order.", at_least=0)
     deterministic: bool = key(
-        False, "Allow only kernels that give the same bits every time (CUDA: slower; the CPU always does)."
+        False,
+        "Give the same bits every time on the same machines: kernels and collectives with one order of terms (CUDA: "
+        "slower; the CPU always does).",
     )

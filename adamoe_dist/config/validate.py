@@ -151,6 +151,11 @@ def _check_dispatcher(config: Config, problems: list[str]) -> None:
             f"moe.dispatcher.flex_backend={dispatcher.flex_backend} does nothing with moe.dispatcher.type={kind}; "
             "remove it or use type=flex"
         )
+    if kind == "flex" and config.run.deterministic:
+        problems.append(
+            "moe.dispatcher.type=flex adds rows in an order that its kernels do not promise; with "
+            "run.deterministic=true use type=alltoall or allgather"
+        )
     if kind != "alltoall" and not dispatcher.deduplicate:
         problems.append(
             f"moe.dispatcher.deduplicate=false is for type=alltoall; with moe.dispatcher.type={kind} remove it"

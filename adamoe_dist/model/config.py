@@ -61,6 +61,7 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=config.run.deterministic,
         use_cpu_initialization=True,
         init_method_std=model.init_std,
         params_dtype=torch.float32,

@@ -4,6 +4,7 @@ Wrong wiring trains without an error message and to a wrong model; it is looked 
 """
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import deepspeed.utils.groups as deepspeed_groups
@@ -14,7 +15,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from adamoe_dist.config import Layout, Resolved
-from adamoe_dist.parallel.groups import expert_group_name, reduction_group, replicas_group
+from adamoe_dist.parallel.groups import expert_group_name, reduction_group, replicas_group, stage_group
 from adamoe_dist.parallel.optimizer import is_trained
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 
@@ -53,6 +54,7 @@ def verify_wiring(engine: Any, model: torch.nn.Module, resolved: Resolved, befor
     Raises:
         WiringError: naming the first weight or group that is wrong.
     """
+    _verify_order(engine, model)
     layout = resolved.layout
     if bool(engine.has_moe_layers) != layout.experts_are_apart:
         raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers} with the layout {layout.explain()}")
@@ -110,6 +112,19 @@ def _numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def _verify_order(engine: Any, model: torch.nn.Module) -> None:
+    """The ranks of a stage have the same weights in the same order: ZeRO joins them and cuts that by position."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    mine = [(index, names.get(id(parameter), "")) for index, parameter in _trained(engine.optimizer)]
+    everyone: list[Any] = [None] * stage_group().size()
+    dist.all_gather_object(everyone, mine, group=stage_group())
+    for rank, theirs in zip(dist.get_process_group_ranks(stage_group()), everyone, strict=True):
+        if theirs != everyone[0]:
+            pairs = zip_longest(everyone[0], theirs, fillvalue=(None, "nothing"))
+            (_, first), (_, other) = next(pair for pair in pairs if pair[0] != pair[1])
+            raise WiringError(f"rank {rank} gave its optimizer {other} where others of its stage gave {first}")
+
+
 def _verify_groups(engine: Any, model: torch.nn.Module) -> None:
     """Each parameter is in one optimizer group, and is reduced over the ranks that hold the same weights."""
     names = {id(parameter): name for name, parameter in model.named_parameters() if is_trained(parameter)}
@@ -124,21 +139,30 @@ def _verify_groups(engine: Any, model: torch.nn.Module) -> None:
         raise WiringError(f"no optimizer group holds {next(iter(names.values()))}")
 
 
+def _trained(optimizer: Any) -> Iterator[tuple[int, torch.nn.Parameter]]:
+    """Yield the parameters that the optimizer has, each after its group's index."""
+    if isinstance(optimizer, UnshardedOptimizer):
+        groups = optimizer.parameter_groups
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        groups = optimizer.fp16_groups
+    else:
+        groups = getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups
+    for index, group in enumerate(groups):
+        for parameter in group:
+            yield index, parameter
+
+
 def _reductions(engine: Any) -> Iterator[tuple[int, torch.nn.Parameter, dist.ProcessGroup]]:
     """Yield each parameter that the optimizer has, its group's index, and the ranks that DeepSpeed reduces it over."""
     optimizer = engine.optimizer
-    if isinstance(optimizer, UnshardedOptimizer):
-        for index, group in enumerate(optimizer.parameter_groups):
-            for parameter in group:
-                yield index, parameter, _group_of_stage_0(parameter)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        for index, group in enumerate(optimizer.fp16_groups):
-            for parameter in group:
-                yield index, parameter, _group_of_stage_3(optimizer, parameter)
-    else:
-        for index, group in enumerate(getattr(optimizer, "bf16_groups", None) or optimizer.bit16_groups):
-            for parameter in group:
-                yield index, parameter, optimizer.real_dp_process_group[index]
+    for index, parameter in _trained(optimizer):
+        if isinstance(optimizer, UnshardedOptimizer):
+            group = _group_of_stage_0(parameter)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            group = _group_of_stage_3(optimizer, parameter)
+        else:
+            group = optimizer.real_dp_process_group[index]
+        yield index, parameter, group
 
 
 def _group_of_stage_0(parameter: Any) -> dist.ProcessGroup:

@@ -4,6 +4,7 @@ from adamoe_dist.platform import host  # first: it sets what torch's libraries r
 
 # isort: split
 from adamoe_dist.platform.deepspeed_cpu import without_compiled_collectives
+from adamoe_dist.platform.determinism import fix_order_of_sums
 from adamoe_dist.platform.device import (
     communication_backend,
     compute_precision,
@@ -25,6 +26,7 @@ __all__ = [
     "compute_precision",
     "device",
     "device_name",
+    "fix_order_of_sums",
     "host",
     "is_cuda",
     "limit_threads",

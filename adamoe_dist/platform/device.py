@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from adamoe_dist.errors import UserError
+from adamoe_dist.platform.determinism import choose_kernels
 from adamoe_dist.platform.host import keep_memory
 from adamoe_dist.platform.megatron_cpu import install_stand_ins
 
@@ -77,13 +78,14 @@ def compute_precision(requested: str) -> str:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed the generators of Python, NumPy and torch, and forbid kernels of varying bits if asked."""
+    """Seed the generators of Python, NumPy and torch, and forbid kernels of varying bits if asked.
+
+    With ``deterministic``, :func:`adamoe_dist.platform.determinism.fix_order_of_sums` must have come before.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    choose_kernels(deterministic)
 
 
 def random_states() -> dict[str, torch.Tensor]:

@@ -49,6 +49,8 @@ def _run(argv: list[str], default_config: Path) -> int:
     Launch.from_environment().require_address()
     from adamoe_dist import platform
 
+    if config.run.deterministic:
+        platform.fix_order_of_sums()
     platform.prepare()
     from adamoe_dist.training.session import train
 

@@ -233,6 +233,12 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ({"optimizer": {"type": "sgd", "implementation": "apex"}}, 1, "optimizer.implementation=apex is for"),
         ({"checkpoint": {"load_weights": "x", "resume": "auto"}}, 1, "checkpoint.load_weights=x starts a new run"),
         ({"zero": {"deepspeed": {"gradient_clipping": 2}}}, 1, "is set by train.gradient_clipping"),
+        ({"zero": {"deepspeed": {"communication_data_type": "bf16"}}}, 1, "is set by train.precision"),
+        (
+            {"run": {"deterministic": True}, "moe": {"dispatcher": {"type": "flex"}}},
+            1,
+            "moe.dispatcher.type=flex adds rows in an order that its kernels do not promise",
+        ),
         ({"zero": {"deepspeed": {"zero_optimization": {"stage": 3}}}}, 1, "is set by zero.stage"),
     ],
 )

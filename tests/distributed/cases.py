@@ -58,19 +58,19 @@ def padding_of(tokens: torch.Tensor) -> torch.Tensor:
     """(B, S) of tokens (B, S + 1): true after a length that the sample's own tokens decide."""
     length = tokens.shape[1] - 1
     real = 2 + tokens.sum(dim=1) % (length - 2)
-    return torch.arange(length) >= real.unsqueeze(1)
+    return torch.arange(length, device=tokens.device) >= real.unsqueeze(1)
 
 
 def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Join the parts of every weight over all ranks, so that every layout has the same names and shapes.
 
-    ``values`` are by local name, each in the shape of the local weight.
+    ``values`` are by local name, each in the shape of the local weight. What is returned is in CPU memory.
     """
     import torch.distributed as dist
 
     from adamoe_dist.model import parts_of
 
-    parts = parts_of(model)
+    parts, device = parts_of(model), device_of(model)
     local_names = {id(parameter): name for name, parameter in model.named_parameters()}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {name: part.shape for name, part in parts.items()})
@@ -78,13 +78,17 @@ def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[st
     result = {}
     values = {name: unsharded(value) for name, value in values.items()}
     for name, shape in shapes.items():
-        whole = torch.zeros(shape)
+        whole = torch.zeros(shape, device=device)
         part = parts.get(name)
         if part is not None and part.replica == 0:
             part.place(values[local_names[id(part.parameter)]].detach().float(), whole)
         dist.all_reduce(whole)
-        result[name] = whole
+        result[name] = whole.cpu()
     return result
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def require_equal_replicas(model: torch.nn.Module) -> None:
@@ -100,7 +104,7 @@ def require_equal_replicas(model: torch.nn.Module) -> None:
     parts += [part_of("embedding.word_embeddings.weight", parameter) for parameter in copies]
     held = {
         (part.name, str(part.pieces)): hashlib.sha256(
-            unsharded(part.parameter).detach().float().numpy().tobytes()
+            unsharded(part.parameter).detach().float().cpu().numpy().tobytes()
         ).hexdigest()
         for part in parts
     }
@@ -164,15 +168,16 @@ def train(
     initialize_groups(launch, resolved)
     try:
         platform.seed_everything(config.run.seed, deterministic=False)
-        dtype = DTYPES[precision]
-        built = build_model(config, resolved, VOCAB, dtype, cuda=False)
+        dtype, device = DTYPES[precision], platform.device(launch.local_rank)
+        built = build_model(config, resolved, VOCAB, dtype, cuda=platform.is_cuda())
+        require_equal_replicas(built.model)  # before a broadcast of the engine's could hide a difference
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
-        schedule = Schedule(engine, built.model, dtype, torch.device("cpu"))
+        schedule = Schedule(engine, built.model, dtype, device)
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
         watch = Watch(built.model, force, data_parallel_rank(), layout.data)
         controller = load_controller(config, built.model)
         for step in range(steps):
-            batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length)
+            batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length).to(device)
             micro = batch.split(resolved.micro_batch_size)[data_parallel_rank() :: layout.data]
             assert len(micro) == resolved.micro_batches_per_rank
             micro = micro[::-1] if backwards else micro
@@ -205,14 +210,16 @@ def biases_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The selection biases of this rank, where there are any."""
     from adamoe_dist.model import canonical_buffers
 
-    return {name: buffer.clone() for name, buffer in canonical_buffers(model).items() if name.endswith("expert_bias")}
+    return {
+        name: buffer.clone().cpu() for name, buffer in canonical_buffers(model).items() if name.endswith("expert_bias")
+    }
 
 
 def counted(layer: Any) -> tuple[dict[str, float], tuple[list[int], list[int]]]:
     """A layer's sums so far, and its tokens by load and by expert."""
     from adamoe_dist.routing import read_vector
 
-    sums, statistics = read_vector(layer.counters.vector(torch.device("cpu")), layer.counters.num_experts)
+    sums, statistics = read_vector(layer.counters.vector(device_of(layer)), layer.counters.num_experts)
     return sums, (statistics.tokens_by_load_L.tolist(), statistics.expert_counts_E.tolist())
 
 
@@ -220,10 +227,10 @@ def mean_balance_loss(model: Any, tensor: int) -> float:
     """Mean over micro-batches and layers of what was counted in this step; tensor-parallel ranks add up to one."""
     import torch.distributed as dist
 
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=device_of(model))
     for layer in model.moe_layers:
         sums = counted(layer)[0]
-        total += torch.tensor([sums["balance_loss"], sums["micro_batches"]], dtype=torch.float64)
+        total += total.new_tensor([sums["balance_loss"], sums["micro_batches"]])
     dist.all_reduce(total)
     return float(total[0] / total[1]) * tensor
 
@@ -233,7 +240,9 @@ class GradientCapture:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.sums = {name: torch.zeros(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        self.sums = {
+            name: torch.zeros(getattr(p, "ds_shape", p.shape), device=p.device) for name, p in model.named_parameters()
+        }
         self.handles = []
         for name, parameter in model.named_parameters():
             self.handles.append(parameter.register_hook(self._adder(name)))

@@ -4,6 +4,7 @@ A check is a function of a `Place`; it runs on every rank at the same time. Rank
 test module, because importing torch, DeepSpeed and Megatron costs seconds.
 """
 
+import contextlib
 import gc
 import logging
 import multiprocessing as mp
@@ -11,7 +12,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def gloo_threads() -> int:
     return sum("gloo" in name for name in names)
 
 
-def _serve(rank: int, world_size: int, pipe: Any) -> None:
+def _serve(rank: int, world_size: int, pipe: Any, cuda: bool) -> None:
+    if not cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -61,15 +64,15 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
 
 
 class Ranks:
-    """A set of rank processes."""
+    """A set of rank processes: on CPU cores, also where there is CUDA, or each on a GPU of its own."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, cuda: bool = False) -> None:
         self.world_size = world_size
         context = mp.get_context("spawn")
         pairs = [context.Pipe() for _ in range(world_size)]
         self.pipes = [pair[0] for pair in pairs]
         self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, pairs[rank][1]), daemon=True)
+            context.Process(target=_serve, args=(rank, world_size, pairs[rank][1], cuda), daemon=True)
             for rank in range(world_size)
         ]
         for process in self.processes:
@@ -105,3 +108,24 @@ class Ranks:
             process.join(timeout=20)
             if process.is_alive():
                 process.kill()
+
+
+RanksOf = Callable[[int], Ranks]
+
+
+@contextlib.contextmanager
+def started_ranks(cuda: bool = False) -> Iterator[RanksOf]:
+    """Give ``get(n)``: n running ranks, started when first asked for; a set that a failed check killed is replaced."""
+    started: dict[int, Ranks] = {}
+
+    def get(world_size: int) -> Ranks:
+        ranks = started.get(world_size)
+        if ranks is None or not all(process.is_alive() for process in ranks.processes):
+            ranks = started[world_size] = Ranks(world_size, cuda)
+        return ranks
+
+    try:
+        yield get
+    finally:
+        for ranks in started.values():
+            ranks.stop(kill=True)

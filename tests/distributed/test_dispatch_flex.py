@@ -134,7 +134,11 @@ def compute(example: Example, backend: str, row_type: str) -> dict[str, Any]:
             with mock.patch.object(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k)):
                 dispatcher = FlexDispatcher(slot)
             widths = SimpleNamespace(
-                experts_kernel="sequential", hidden_size=HIDDEN, moe_ffn_hidden_size=INNER, params_dtype=torch.float32
+                experts_kernel="sequential",
+                hidden_size=HIDDEN,
+                moe_ffn_hidden_size=INNER,
+                params_dtype=torch.float32,
+                recompute_granularity=None,
             )
             experts = GroupedExperts(local, widths, groups)
             with torch.no_grad():

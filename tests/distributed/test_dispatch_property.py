@@ -52,7 +52,11 @@ def compute(example: Example) -> dict[str, torch.Tensor]:
     megatron = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1)
     dispatcher = make_dispatcher(keys, local, megatron, groups, capacity=lambda tokens: tokens + 1)
     widths = SimpleNamespace(
-        experts_kernel="sequential", hidden_size=HIDDEN, moe_ffn_hidden_size=INNER, params_dtype=torch.float64
+        experts_kernel="sequential",
+        hidden_size=HIDDEN,
+        moe_ffn_hidden_size=INNER,
+        params_dtype=torch.float64,
+        recompute_granularity=None,
     )
     experts = GroupedExperts(local, widths, groups)
     with torch.no_grad():

@@ -123,6 +123,18 @@ def test_null_rows_have_their_shape_and_learn_from_the_balance_loss(kind, rows):
     assert layer.router.null_weight.grad.norm() > 0
 
 
+def test_the_router_of_a_bf16_model_computes_in_fp32():
+    router = layer_of({}).router.to(torch.bfloat16)
+    hidden = hidden_states().to(torch.bfloat16)
+    scores = router.gating(hidden)
+    rows = torch.cat([router.weight, router.null_weight]).double()
+    exact = hidden.flatten(0, 1).double() @ rows.T
+    assert router.weight.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    error = (scores.double() - exact).abs().max()
+    rounded = (exact.bfloat16().double() - exact).abs().max()
+    assert error < 1e-3 * rounded
+
+
 def test_the_shared_row_receives_the_sum_of_its_columns_gradients():
     layer = layer_of({"moe": {"router": {"null_init": "shared"}}})
     hidden = hidden_states()
