@@ -120,7 +120,9 @@ OFFLOAD = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": 
 def test_stage_may_change(two: Ranks, tmp_path: Path, precision: str) -> None:
     """Stages 1, 0, 3, 2 offloaded and 1 in turn, each a step from the last one's checkpoint: the unbroken run.
 
-    Sums differ in order between the stages, which AdamW amplifies where a gradient is tiny: measured 1e-5 of a norm.
+    Sums differ in order between the stages and AdamW's roundings with a shard's place, which AdamW amplifies where a
+    gradient is tiny: measured 9e-6 of a norm in fp32. In bf16 three of 1000 weights then round to another value, some
+    of them by half of it; measured 8e-3 of the norm of the step after that, 1e-4 of the next.
     """
     first = Layout(expert_parallel=2, stage=1, precision=precision)
     stages = [
@@ -138,7 +140,7 @@ def test_stage_may_change(two: Ranks, tmp_path: Path, precision: str) -> None:
         norms += outcome.norms
     print([a / b - 1 for a, b in zip(losses + norms, expected.losses + expected.norms, strict=True)])
     assert losses == pytest.approx(expected.losses, rel=1e-6 if precision == "fp32" else 1e-4)
-    assert norms == pytest.approx(expected.norms, rel=1e-4 if precision == "fp32" else 1e-3)
+    assert norms == pytest.approx(expected.norms, rel=1e-4 if precision == "fp32" else 2e-2)
 
 
 def test_failure_of_one_rank_leaves_the_last_checkpoint(two: Ranks, tmp_path: Path) -> None:
