@@ -167,6 +167,16 @@ def train_without(remedy: str | None, *arguments: Any) -> Outcome:
         return train_in_fp16(*others) if precision == "fp16" else cases.train(*others, precision)
 
 
+def unequal_without(remedy: str | None, changes: dict[str, Any]) -> str:
+    """Train on data-parallel ranks and return which weight they do not hold alike, or nothing."""
+    try:
+        with without(remedy):
+            cases.train(changes, 1, 1)
+    except AssertionError as finding:
+        return str(finding)
+    return ""
+
+
 def refused_without(remedy: str | None, changes: dict[str, Any]) -> str:
     """Build an engine and return how that was refused, or nothing."""
     from adamoe_dist.config import config_from_dict, resolve

@@ -32,8 +32,8 @@ def gpus() -> Iterator[RanksOf]:
         yield get_if_there
 
 
-@pytest.fixture(autouse=True)
-def _only_with_cuda() -> None:
+def pytest_runtest_setup() -> None:
+    """Skip before any fixture is made."""
     reason = missing(1)
     if reason:
         pytest.skip(reason)
