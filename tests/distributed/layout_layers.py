@@ -6,11 +6,14 @@ from unittest import mock
 
 import torch
 
-from tests.distributed.cases import counted
+from tests.distributed.cases import counted, merged
 from tests.distributed.layouts import Layout, close_groups, open_groups
 from tests.model.layers import config_of, hidden_states
 
 SHARED_WIDTH = 24
+NO_LOSSES = {"router": {"z_loss_coefficient": 0.0, "balance": {"type": "none"}, "normalize": "all_selected"}}
+"""Auxiliary losses are of all ranks that share a sequence, which one process cannot compute rank after rank; null
+scores get their gradient from the weights instead."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,12 @@ def layer_in(layout: Layout, variant: Variant, nodes: tuple[int, ...] = ()) -> A
 
     platform.seed_everything(3, deterministic=False)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
-    changes = {"moe": variant.moe, "model": {"init_std": 0.3}, "parallel": {"expert": layout.expert}}
+    is_baseline = variant.moe.get("router", {}).get("type") == "topk"
+    changes = {
+        "moe": variant.moe if is_baseline else merged(NO_LOSSES, variant.moe),
+        "model": {"init_std": 0.3},
+        "parallel": {"expert": layout.expert},
+    }
     config, resolved = config_of(changes, layout.expert)
     megatron = transformer_config(config, resolved, torch.float32, "sequential", nodes)
     megatron.tensor_model_parallel_size = layout.tensor

@@ -47,7 +47,7 @@ def test_by_micro_batch_they_do_not(ranks_of):
     single = ranks_of(1).run(train, with_micro_batch(changes, 2), 1, 1, "fp32", None, True)[0]
     outcome = ranks_of(2).run(train, with_micro_batch(changes, 1), 1, 1, "fp32", None, True)[0]
     assert worst(outcome.losses, single.losses) < 1e-5
-    name = "gpt.decoder.layers.0.mlp.router.null_weight"
+    name = "decoder.layers.0.mlp.router.null_weight"
     assert apart(outcome.gradients[name], single.gradients[name], single.gradients[name]) > 1e-3
 
 
@@ -167,7 +167,7 @@ def poisoned_run(layers: list[int]) -> str:
                     model.moe_layers[layer].router.weight[0, 0] = float("nan")
         before = [parameter.detach().clone() for parameter in model.parameters()]
         batches: Any = Samples()
-        trainer = Trainer(config, resolved, engine, model, batches, launch.rank, torch.device("cpu"), [])
+        trainer = Trainer(config, resolved, engine, model, batches, launch.rank, torch.device("cpu"), torch.float32, [])
         try:
             trainer.run()
         except NumericalError as stop:
