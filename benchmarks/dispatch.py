@@ -82,7 +82,7 @@ def watch_collectives(hidden: int) -> Iterator[Sent]:
         **keywords: Any,
     ) -> Any:
         size, here = dist.get_world_size(group), dist.get_rank(group)
-        splits = input_split_sizes or [input.shape[0] // size] * size
+        splits = [input.shape[0] // size] * size if input_split_sizes is None else list(input_split_sizes)
         assert sum(splits) == input.shape[0], f"splits {splits} of {input.shape[0]} entries"
         remote = sum(splits) - splits[here]
         if input.dim() == 2 and input.shape[1] == hidden and input.is_floating_point():

@@ -91,6 +91,18 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def add_noise(model: torch.nn.Module, relative: float) -> None:
+    """Add random numbers of a norm relative to its own to every gradient, as rounding would; not to exact zeros."""
+    generator = torch.Generator().manual_seed(17)
+
+    def noisy(gradient: torch.Tensor) -> torch.Tensor:
+        numbers = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+        return gradient + numbers * (gradient != 0) * (relative * gradient.norm() / gradient.numel() ** 0.5)
+
+    for parameter in model.parameters():
+        parameter.register_hook(noisy)
+
+
 def require_equal_replicas(model: torch.nn.Module) -> None:
     """Ranks that hold the same part of a weight hold the same bits."""
     import hashlib
@@ -136,14 +148,14 @@ def train(
     precision: str = "fp32",
     force: str | None = None,
     padded: bool = False,
-    backwards: bool = False,
+    noise: float = 0.0,
 ) -> Outcome:
     """Train a small model on this rank's part of each global batch; all ranks call it together.
 
     ``degrees`` are those of the section ``parallel``, or the expert-parallel degree alone. ``force`` bends the router:
     ``starve`` leaves expert 0 without rows in the first micro-batch, ``all_null`` sends every token of it to null
-    experts only. ``padded`` marks the ends of samples as padding, of some more than of others. ``backwards`` takes a
-    rank's micro-batches of a step in the reverse order: the same sums, rounded otherwise.
+    experts only. ``padded`` marks the ends of samples as padding, of some more than of others. ``noise`` adds
+    random numbers of that norm, relative to its own, to each gradient that a micro-batch gives.
     """
     import torch.distributed as dist
 
@@ -174,13 +186,14 @@ def train(
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
         schedule = Schedule(engine, built.model, dtype, device)
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
+        if noise:
+            add_noise(built.model, noise)
         watch = Watch(built.model, force, data_parallel_rank(), layout.data)
         controller = load_controller(config, built.model)
         for step in range(steps):
             batch = tokens_of(step, config.train.global_batch_size, config.model.sequence_length).to(device)
             micro = batch.split(resolved.micro_batch_size)[data_parallel_rank() :: layout.data]
             assert len(micro) == resolved.micro_batches_per_rank
-            micro = micro[::-1] if backwards else micro
             for layer in built.model.moe_layers:
                 layer.counters.reset()
             capture = GradientCapture(built.model) if step == 0 else None

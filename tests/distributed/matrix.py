@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +158,16 @@ def within(found: Deviation, band: Deviation) -> list[str]:
     return [f"{name} {value:.1e} > {limits[name]:.1e}" for name, value in asdict(found).items() if value > limits[name]]
 
 
+NOISE = 5e-7
+
+
 class References:
     """Single-process runs and the bands that they give, each made once.
 
     fp32: losses, norms and the first step's gradients to 1e-5, and after SGD all weights. AdamW divides by the root of
-    the squared gradient, so that a gradient which is rounding error moves its weight like any other: weights may be 10
-    times as far apart as those of one process that takes the same micro-batches in the reverse order.
+    the squared gradient, so that an element of a gradient that is rounding error moves its weight like any other:
+    weights may be twice as far apart as those of one process are when noise of 5e-7 of its norm, by which layouts'
+    gradients differ, is added to each gradient.
 
     bf16: a layout rounds at other places than one process does, and routes near ties to other experts; it need not be
     more exact than one process. Two such runs may be twice as far apart as one process in bf16 is from one in fp32; the
@@ -172,13 +176,13 @@ class References:
 
     def __init__(self, ranks_of: RanksOf) -> None:
         self._ranks_of = ranks_of
-        self._runs: dict[tuple[str, str, bool, bool], Outcome] = {}
+        self._runs: dict[tuple[str, str, bool, float], Outcome] = {}
 
-    def run(self, cell: Cell, precision: str | None = None, backwards: bool = False) -> Outcome:
-        key = (precision or cell.precision, cell.optimizer, cell.is_tied, backwards)
+    def run(self, cell: Cell, precision: str | None = None, noise: float = 0.0) -> Outcome:
+        key = (precision or cell.precision, cell.optimizer, cell.is_tied, noise)
         if key not in self._runs:
             changes = merged(cell.changes(), {"zero": {"stage": 1}})
-            self._runs[key] = self._ranks_of(1).run(train, changes, STEPS, 1, key[0], None, False, backwards)[0]
+            self._runs[key] = self._ranks_of(1).run(train, changes, STEPS, 1, key[0], None, False, noise)[0]
         return self._runs[key]
 
     def band(self, cell: Cell) -> Deviation:
@@ -186,10 +190,11 @@ class References:
         if cell.precision == "bf16":
             rounding = asdict(deviation(single, self.run(cell, "fp32")))
             return Deviation(**{name: 3 * value for name, value in rounding.items()})
-        if cell.optimizer == "sgd":
-            return Deviation(losses=1e-5, norms=1e-5, gradients=1e-5, weights=1e-5, ways=1e-4)
-        orders = deviation(self.run(cell, backwards=True), single)
-        return Deviation(losses=1e-5, norms=1e-5, gradients=1e-5, weights=10 * orders.weights, ways=10 * orders.ways)
+        band = Deviation(losses=1e-5, norms=1e-5, gradients=1e-5, weights=1e-5, ways=1e-4)
+        if cell.optimizer == "adamw":
+            noisy = deviation(self.run(cell, noise=NOISE), single)
+            band = replace(band, weights=2 * noisy.weights, ways=2 * noisy.ways)
+        return band
 
 
 def all_cells() -> list[Cell]:

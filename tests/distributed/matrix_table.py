@@ -18,10 +18,11 @@ on; half of the layouts have a tied embedding. `A x B` gives each degree ranks o
 Made by `make parallelism-table`."""
 
 BANDS = """Bands that the tests hold the cells to (losses / norms / gradients / weights): fp32 1e-5 each, but
-after AdamW the weights may be 10 times as far apart as those of one process that takes its micro-batches in the
-reverse order (AdamW divides by the root of the squared gradient, so a gradient that is rounding moves its
-weight like any other). bf16: three times the distance of one process in bf16 from one process in fp32, since a
-layout rounds at other places and routes near ties to other experts."""
+after AdamW the weights may be twice as far apart as those of one process are when noise of 5e-7 of its norm, by
+which layouts' gradients differ, is added to each gradient (AdamW divides by the root of the squared gradient,
+so an element of a gradient that is rounding moves its weight like any other). bf16: three times the distance of
+one process in bf16 from one process in fp32, since a layout rounds at other places and routes near ties to
+other experts."""
 
 
 def table(rows: dict[Cell, dict[str, Any]], precision: str, optimizer: str) -> list[str]:
