@@ -4,7 +4,7 @@ from adamoe_dist.model.build import BuiltModel, LanguageModel, build_model
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
 from adamoe_dist.model.modules import CausalAttention, RMSNorm
 from adamoe_dist.model.moe_layer import AdaMoELayer
-from adamoe_dist.model.parts import Part, canonical_buffers, is_tied_copy, part_of, parts_of
+from adamoe_dist.model.parts import Part, canonical_buffers, forget_logged_losses, is_tied_copy, part_of, parts_of
 
 __all__ = [
     "AdaMoELayer",
@@ -16,6 +16,7 @@ __all__ = [
     "RMSNorm",
     "build_model",
     "canonical_buffers",
+    "forget_logged_losses",
     "is_moe_layer",
     "is_tied_copy",
     "part_of",

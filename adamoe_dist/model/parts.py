@@ -4,6 +4,7 @@ A weight's *canonical* name is the one it has in a model that is not cut: layers
 Its whole shape is the one it has there: experts of a layer stacked by global number, matrices not cut.
 """
 
+import importlib
 import re
 from dataclasses import dataclass
 from itertools import product
@@ -12,6 +13,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -78,6 +80,16 @@ class Part:
     def parameter_shape(self) -> tuple[int, ...]:
         """Shape of the local tensor (ZeRO-3 leaves the parameter itself empty)."""
         return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+
+def forget_logged_losses() -> None:
+    """Clear what Megatron's own router logs for the whole process: its length is that of the first model's layers."""
+    try:
+        logging = importlib.import_module("megatron.core.transformer.moe.moe_logging")
+    except ModuleNotFoundError:  # before 0.17
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    else:
+        logging.destroy_moe_metrics_tracker()
 
 
 def is_tied_copy(parameter: Tensor) -> bool:

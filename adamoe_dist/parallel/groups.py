@@ -15,6 +15,7 @@ from adamoe_dist import platform
 from adamoe_dist.config import Layout, Resolved
 from adamoe_dist.errors import UserError
 from adamoe_dist.launcher import Launch
+from adamoe_dist.model import forget_logged_losses
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -149,6 +150,7 @@ def destroy_groups() -> None:
     for function in vars(RotaryEmbedding).values():  # Megatron caches by instance, and an instance holds groups
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+    forget_logged_losses()
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -1,6 +1,6 @@
 """ZeRO's stages: orders of passes, recomputed activations, an offloaded optimizer, fp16. One model in each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -195,14 +195,22 @@ LARGER = {
 """5.6 M weights, so that a bucket is a sixteenth of the model."""
 
 
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Ranks]:
+    """Two ranks in which nothing of other tests is alive."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
 @pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [*VARIANTS[:4], (2, "bf16")]))
-def test_each_stage_holds_the_shards_that_it_promises(ranks_of, stage, precision):
+def test_each_stage_holds_the_shards_that_it_promises(fresh, stage, precision):
     """Live tensors on two ranks: stages 2 and 3 hold half of the gradients, stage 3 half of the weights.
 
     A bucket may come on top, and in stage 2 the one weight, here at most 8 experts' 256 x 512, that both ranks share.
     """
     width = 4 if precision == "fp32" else 2
-    for elements, before, after in ranks_of(2).run(held_in_step, staged(LARGER, stage), precision):
+    for elements, before, after in fresh.run(held_in_step, staged(LARGER, stage), precision):
         print(elements, before, after)
         gradients = 4 * elements / (1 if stage < 2 else 2)
         if (stage, precision) == (1, "bf16"):
