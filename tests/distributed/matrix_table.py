@@ -39,6 +39,8 @@ def table(rows: dict[Cell, dict[str, Any]], precision: str, optimizer: str) -> l
 def entry(cell: Cell, rows: dict[Cell, dict[str, Any]]) -> str:
     if cell.refusal is not None:
         return "refused"
+    if cell not in rows:
+        return "not run"
     found = rows[cell]
     return " / ".join(f"{found[name]:.0e}" for name in ("losses", "norms", "gradients", "weights"))
 
@@ -47,7 +49,7 @@ def document(content: dict[str, Any]) -> str:
     rows = {Cell(row["layout"], row["stage"], row["precision"], row["optimizer"]): row for row in content["cells"]}
     missing = [cell.name for cell in all_cells() if cell.refusal is None and cell not in rows]
     if missing:
-        sys.exit(f"error: {len(missing)} cells were not run, {missing[0]} among them; run all of test_matrix.py")
+        sys.stderr.write(f"warning: {len(missing)} cells were not run, {missing[0]} among them\n")
     parts = [EXPLANATION, BANDS]
     for precision, optimizer in KINDS:
         bands = {name: band for name, band in content["bands"].items() if name.startswith(f"{precision} {optimizer}")}
