@@ -126,4 +126,6 @@ def test_memory(tmp_path: Path) -> None:
     printed(benchmark("memory.py", *sizes, "--json", str(tmp_path / "m.json")), "offloaded", "selective")
     rows = numbers(tmp_path / "m.json")["rows"]
     assert [row["case"]["stage"] for row in rows] == [0, 1, 2, 3, 2, 1, 1, 1]
-    assert all(row[name] > 0 for row in rows for name in ("weights", "optimizer", "peak_passes", "peak_step", "planned"))
+    assert all(
+        row[name] > 0 for row in rows for name in ("weights", "optimizer", "peak_passes", "peak_step", "planned")
+    )
