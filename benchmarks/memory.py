@@ -125,10 +125,11 @@ def train_and_measure(case: Case, options: argparse.Namespace) -> Row:
 def _accumulate(
     engine: TrainingEngine, generator: torch.Generator, length: int, resolved: Resolved, device: torch.device
 ) -> None:
+    engine.start_step(resolved.micro_batches_per_rank)
     for _ in range(resolved.micro_batches_per_rank):
         shape = (resolved.micro_batch_size, length + 1)
         tokens = torch.randint(VOCABULARY, shape, generator=generator).to(device)
-        engine.backward(engine(tokens).mean(), resolved.micro_batches_per_rank)
+        engine.backward(engine(tokens).mean())
 
 
 def _free_at_once() -> None:

@@ -4,7 +4,16 @@ from adamoe_dist.model.build import BuiltModel, LanguageModel, build_model
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
 from adamoe_dist.model.modules import CausalAttention, RMSNorm
 from adamoe_dist.model.moe_layer import AdaMoELayer
-from adamoe_dist.model.parts import Part, canonical_buffers, forget_logged_losses, is_tied_copy, part_of, parts_of
+from adamoe_dist.model.parts import (
+    Part,
+    canonical_buffers,
+    forget_logged_losses,
+    is_tied_copy,
+    part_of,
+    parts_of,
+    reduction_group,
+    replica_of,
+)
 
 __all__ = [
     "AdaMoELayer",
@@ -21,5 +30,7 @@ __all__ = [
     "is_tied_copy",
     "part_of",
     "parts_of",
+    "reduction_group",
+    "replica_of",
     "transformer_config",
 ]

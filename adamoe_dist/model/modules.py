@@ -34,22 +34,17 @@ class ContextRotary(torch.nn.Module):
     """
 
     def __init__(self, rotary: RotaryEmbedding, context_rank: int, context_ranks: int) -> None:
-        """Cut the angles of ``rotary``, of which nothing is kept but its frequencies."""
+        """Cut the angles of ``rotary``, whose own forward would keep it, and its groups, in a cache of the process."""
         super().__init__()
-        self.inv_freq = rotary.inv_freq
+        self._rotary = rotary
         self._rank, self._ranks = context_rank, context_ranks
         self._angles: Tensor | None = None
-
-    get_rotary_seq_len = RotaryEmbedding.get_rotary_seq_len
+        self.get_rotary_seq_len = rotary.get_rotary_seq_len
 
     def forward(self, max_seq_len: int, **_: object) -> Tensor:
         """Return the angles (S / context ranks, 1, 1, head width) of this rank's part of ``max_seq_len`` tokens."""
         if self._angles is None or self._angles.shape[0] != max_seq_len:
-            device = torch.device(torch.cuda.current_device()) if self.inv_freq.device.type == "cpu" else None
-            frequencies = self.inv_freq.to(device=device)
-            place = torch.arange(max_seq_len, device=frequencies.device, dtype=frequencies.dtype)
-            angles = torch.outer(place, frequencies)
-            self._angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+            self._angles = self._rotary.get_emb(max_seq_len)
         return self._angles.chunk(self._ranks)[self._rank]
 
 

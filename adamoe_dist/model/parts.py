@@ -144,17 +144,29 @@ def part_of(name: str, parameter: torch.nn.Parameter) -> Part:
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     cuts = _expert_cuts(parameter) if getattr(parameter, "is_expert", False) else _dense_cuts(parameter)
     cuts = [cut for cut in cuts if cut.ranks > 1]
-    if getattr(parameter, "is_expert", False):
-        group = parallel_state.get_expert_data_parallel_group()
-    else:
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    replica, replicas = dist.get_rank(group), dist.get_world_size(group)
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    is_copied = not getattr(parameter, "is_expert", False) and not getattr(parameter, "tensor_model_parallel", False)
-    if is_copied and tensor > 1:
-        replica, replicas = replica * tensor + parallel_state.get_tensor_model_parallel_rank(), replicas * tensor
     whole = tuple(size * prod(cut.ranks for cut in cuts if cut.axis == axis) for axis, size in enumerate(shape))
-    return Part(name, parameter, whole, _pieces(shape, cuts), replica, replicas)
+    return Part(name, parameter, whole, _pieces(shape, cuts), *replica_of(parameter))
+
+
+def reduction_group(parameter: Tensor) -> dist.ProcessGroup:
+    """Return the ranks that hold the same part of a weight, but for tensor-parallel copies."""
+    if getattr(parameter, "is_expert", False):
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def replica_of(parameter: Tensor) -> tuple[int, int]:
+    """Return this rank's place among the ranks that hold the same part of a weight, and how many they are.
+
+    A weight without ``tensor_model_parallel`` is the same on all tensor-parallel ranks. Expert-tensor ranks hold
+    different parts of an expert, so the ranks that reduce it are all that hold it.
+    """
+    group = reduction_group(parameter)
+    replica, replicas = dist.get_rank(group), dist.get_world_size(group)
+    if getattr(parameter, "tensor_model_parallel", False):
+        return replica, replicas
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    return replica * tensor + parallel_state.get_tensor_model_parallel_rank(), replicas * tensor
 
 
 def _dense_cuts(parameter: torch.nn.Parameter) -> list[Cut]:

@@ -105,8 +105,8 @@ def mark_experts(model: torch.nn.Module, layout: Layout) -> None:
 class TrainingEngine:
     """One model under ZeRO. The only place that scales losses.
 
-    ``backward(loss, n)`` adds the gradient of ``loss / n``, and of the attached auxiliary losses over n; after n
-    of them ``step()`` clips by the global norm and updates.
+    After ``start_step(n)``, ``backward(loss)`` adds the gradient of ``loss / n``, and of the attached auxiliary losses
+    over n; after n of them ``step()`` clips by the global norm and updates.
     """
 
     def __init__(
@@ -158,15 +158,15 @@ class TrainingEngine:
         self.deepspeed.eval()
 
     def start_step(self, micro_batches: int) -> None:
-        """Say how many micro-batches make the step: auxiliary losses are scaled by it in every stage of a pipeline."""
+        """Say how many micro-batches of this rank make the step; losses and auxiliary losses are divided by it."""
+        self._micro_batches = micro_batches
         self._set_auxiliary_scale(micro_batches)
         if self._tied is not None:
             self._tied.start_step(micro_batches)
 
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """Add the gradient of one of ``micro_batches`` micro-batches of this rank."""
-        self._set_auxiliary_scale(micro_batches)
-        self._backward(loss / micro_batches)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch of the step that :meth:`start_step` started."""
+        self._backward(loss / self._micro_batches)
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
         """Add the gradient that arrives at ``output``, which is no loss; :meth:`start_step` came before.

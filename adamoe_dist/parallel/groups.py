@@ -9,7 +9,6 @@ import deepspeed.utils.groups as deepspeed_groups
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from adamoe_dist import platform
 from adamoe_dist.config import Layout, Resolved
@@ -120,24 +119,6 @@ def expert_group_name(expert_parallel: int) -> str:
     return f"ep_size_{expert_parallel}"
 
 
-def reduction_group(parameter: torch.Tensor) -> dist.ProcessGroup:
-    """Return the ranks that hold the same part of a weight, but for tensor-parallel copies."""
-    is_expert = getattr(parameter, "is_expert", False)
-    return parallel_state.get_expert_data_parallel_group() if is_expert else replicas_group()
-
-
-def is_first_replica(parameter: torch.Tensor) -> bool:
-    """Tell whether this rank counts a weight that several hold: each part of each weight is counted on one rank.
-
-    A weight without ``tensor_model_parallel`` is the same on all tensor-parallel ranks. Expert-tensor ranks hold
-    different parts of an expert, so the ranks that reduce it are all that hold it.
-    """
-    if dist.get_rank(reduction_group(parameter)) != 0:
-        return False
-    is_split = getattr(parameter, "tensor_model_parallel", False)
-    return bool(is_split or parallel_state.get_tensor_model_parallel_rank() == 0)
-
-
 def destroy_groups() -> None:
     """Leave all groups; a process that skips this can crash at exit."""
     for table in (
@@ -147,9 +128,6 @@ def destroy_groups() -> None:
         deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
     ):
         table.clear()
-    for function in vars(RotaryEmbedding).values():  # Megatron caches by instance, and an instance holds groups
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
     forget_logged_losses()
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()

@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+from adamoe_dist import platform
 from adamoe_dist.config import Config
 from adamoe_dist.errors import UserError
 from adamoe_dist.model import is_tied_copy
@@ -45,7 +46,8 @@ def cpu_adam_problem() -> str | None:
     """Say why DeepSpeed's CPU Adam cannot be used, or return None where it can; the first call may compile it."""
     builder = get_accelerator().create_op_builder("CPUAdamBuilder")
     try:
-        builder.load(verbose=False)
+        with platform.building_alone():
+            builder.load(verbose=False)
     except Exception as problem:  # whatever a compiler, ninja or the loader may raise
         lines = str(problem).strip().splitlines()
         return f"DeepSpeed's CPU Adam cannot be built here: {lines[0] if lines else type(problem).__name__}"

@@ -53,7 +53,7 @@ class Schedule:
         def backward(gradient: Tensor | None) -> Tensor | None:
             hidden, output = in_flight.pop(0)
             if gradient is None:
-                self._engine.backward(output, count)
+                self._engine.backward(output)
             else:
                 self._engine.backward_from(output, gradient)
             return None if hidden is None else hidden.grad

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 
-from adamoe_dist.parallel.groups import is_first_replica
+from adamoe_dist.model import replica_of
 
 
 class UnshardedOptimizer:
@@ -117,7 +117,7 @@ class UnshardedOptimizer:
     def _norm(self) -> float:
         """Return the norm over the whole model, the loss scale in it. Collective over all ranks."""
         device = self.parameters[0].device
-        norms = [torch.linalg.vector_norm(self._gradients[p]) for p in self.parameters if is_first_replica(p)]
+        norms = [torch.linalg.vector_norm(self._gradients[p]) for p in self.parameters if replica_of(p)[0] == 0]
         squares = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
         squares = squares.to(device)
         dist.all_reduce(squares)

@@ -15,7 +15,8 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from adamoe_dist.config import Layout, Resolved
-from adamoe_dist.parallel.groups import expert_group_name, reduction_group, replicas_group, stage_group
+from adamoe_dist.model import reduction_group
+from adamoe_dist.parallel.groups import expert_group_name, replicas_group, stage_group
 from adamoe_dist.parallel.optimizer import is_trained
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 

@@ -20,8 +20,10 @@ from adamoe_dist.platform.device import (
     select_device,
     synchronize,
 )
+from adamoe_dist.platform.extensions import building_alone
 
 __all__ = [
+    "building_alone",
     "communication_backend",
     "compute_precision",
     "device",

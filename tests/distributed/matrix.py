@@ -125,11 +125,12 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> floa
     return distance / float(scale.double().norm()) if distance else 0.0
 
 
+def worst(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
 def deviation(ours: Outcome, theirs: Outcome) -> Deviation:
     assert ours.weights.keys() == theirs.weights.keys() and ours.gradients.keys() == theirs.gradients.keys()
-
-    def relative(left: Sequence[float], right: Sequence[float]) -> float:
-        return max(abs(a - b) / abs(b) for a, b in zip(left, right, strict=True))
 
     def largest(names: dict[str, torch.Tensor], kind: str) -> float:
         distances = []
@@ -144,8 +145,8 @@ def deviation(ours: Outcome, theirs: Outcome) -> Deviation:
         for name in theirs.weights
     ]
     return Deviation(
-        losses=relative(ours.losses, theirs.losses),
-        norms=relative(ours.norms, theirs.norms),
+        losses=worst(ours.losses, theirs.losses),
+        norms=worst(ours.norms, theirs.norms),
         gradients=largest(theirs.gradients, "gradients"),
         weights=largest(theirs.weights, "weights"),
         ways=max(ways),

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from tests.distributed import cases
-from tests.distributed.cases import BASE, VOCAB, Outcome, merged
-from tests.distributed.zero_checks import train_in_fp16
+from tests.distributed.cases import Outcome
+from tests.distributed.zero_checks import built, train_in_fp16
 
 Replace = Callable[[Any, str, Any], None]
 
@@ -179,21 +179,10 @@ def unequal_without(remedy: str | None, changes: dict[str, Any]) -> str:
 
 def refused_without(remedy: str | None, changes: dict[str, Any]) -> str:
     """Build an engine and return how that was refused, or nothing."""
-    from adamoe_dist.config import config_from_dict, resolve
-    from adamoe_dist.model import build_model
-    from adamoe_dist.parallel import Launch, TrainingEngine, WiringError, destroy_groups, initialize_groups
+    from adamoe_dist.parallel import WiringError
 
-    launch = Launch.from_environment()
-    config = config_from_dict(merged(BASE, changes))
-    resolved = resolve(config, launch.world_size)
-    initialize_groups(launch, resolved)
     try:
-        torch.manual_seed(1)
-        model = build_model(config, resolved, VOCAB, torch.float32, cuda=False).model
-        with without(remedy):
-            TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts).close()
-        return ""
+        with built(changes, "fp32", lambda _: without(remedy)):
+            return ""
     except WiringError as refusal:
         return str(refusal)
-    finally:
-        destroy_groups()

@@ -93,8 +93,9 @@ def operations_of(changes: dict[str, Any]) -> tuple[set[str], set[str]]:
         engine = TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts)
         operations = Operations()
         with operations:
+            engine.start_step(2)
             for index in range(2):
-                engine.backward(engine(tokens_of(index, 2, 32)).mean(), 2)
+                engine.backward(engine(tokens_of(index, 2, 32)).mean())
             engine.step()
         engine.close()
         return operations.seen, operations.refused

@@ -13,6 +13,7 @@ import torch
 from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
 from tests.distributed.marks import quick
+from tests.distributed.matrix import apart, worst
 from tests.distributed.zero_checks import staged
 
 pytestmark = pytest.mark.distributed
@@ -36,16 +37,6 @@ def reference(ranks_of: RanksOf, changes: dict[str, Any], *arguments: Any, steps
     if key not in _REFERENCES:
         _REFERENCES[key] = ranks_of(1).run(train, changes, steps, 1, *arguments)[0]
     return _REFERENCES[key]
-
-
-def apart(ours: torch.Tensor, theirs: torch.Tensor, scale: torch.Tensor) -> float:
-    """Distance of two tensors over the norm of a third; 0 where all are 0."""
-    distance = float((ours.double() - theirs.double()).norm())
-    return distance / float(scale.double().norm()) if distance else 0.0
-
-
-def worst(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def assert_ranks_agree(outcomes: list[Outcome]) -> None:

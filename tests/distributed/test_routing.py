@@ -8,7 +8,8 @@ import torch
 
 from tests.distributed import checkpoint_checks as checks
 from tests.distributed.cases import merged, train
-from tests.distributed.test_equality import apart, assert_same_training, worst
+from tests.distributed.matrix import apart, worst
+from tests.distributed.test_equality import assert_same_training
 from tests.model.layers import config_of, hidden_states, layer_of
 
 pytestmark = pytest.mark.distributed

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.cases import BASE, VOCAB, merged, tokens_of
+from tests.distributed.zero_checks import built
 
 pytestmark = pytest.mark.distributed
 
@@ -59,25 +60,14 @@ def sabotage(kind: str, model: torch.nn.Module, expert_parallel: int) -> Iterato
 
 def build(kind: str, expert_parallel: int, stage: int) -> str:
     """Build an engine on every rank and return what was refused, or nothing."""
-    from adamoe_dist.config import config_from_dict, resolve
-    from adamoe_dist.model import build_model
-    from adamoe_dist.parallel import Launch, TrainingEngine, WiringError, destroy_groups, initialize_groups
+    from adamoe_dist.parallel import WiringError
 
-    launch = Launch.from_environment()
-    config = config_from_dict(merged(BASE, {"parallel": {"expert": expert_parallel}, "zero": {"stage": stage}}))
-    resolved = resolve(config, launch.world_size)
-    initialize_groups(launch, resolved)
+    changes = {"parallel": {"expert": expert_parallel}, "zero": {"stage": stage}}
     try:
-        torch.manual_seed(1)
-        model = build_model(config, resolved, VOCAB, torch.float32, cuda=False).model
-        with sabotage(kind, model, expert_parallel):
-            engine = TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts)
-        engine.close()
-        return ""
+        with built(changes, "fp32", lambda model: sabotage(kind, model, expert_parallel)):
+            return ""
     except WiringError as refusal:
         return str(refusal)
-    finally:
-        destroy_groups()
 
 
 MARKS = [
@@ -127,8 +117,9 @@ def balance_gradients(micro_batches: int) -> dict[str, torch.Tensor]:
         engine = TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts)
         capture = GradientCapture(model)
         tokens = tokens_of(0, 2, config.model.sequence_length)
+        engine.start_step(micro_batches)
         for _ in range(micro_batches):
-            engine.backward(engine(tokens).mean() * 0.0, micro_batches)
+            engine.backward(engine(tokens).mean() * 0.0)
         result = capture.reduced(resolved.layout)
         engine.step()
         result["norm"] = torch.tensor(engine.gradient_norm())

@@ -9,7 +9,7 @@ import torch
 from tests.distributed.cases import Outcome, merged, train
 from tests.distributed.harness import Ranks
 from tests.distributed.marks import quick
-from tests.distributed.test_equality import apart, worst
+from tests.distributed.matrix import apart, worst
 from tests.distributed.zero_checks import (
     held_in_step,
     overflow_in_fp16,

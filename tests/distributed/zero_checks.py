@@ -1,7 +1,7 @@
 """What ranks do in the tests of ZeRO's stages."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,12 @@ def staged(changes: dict[str, Any], stage: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def built(changes: dict[str, Any], precision: str) -> Iterator[Any]:
+def built(
+    changes: dict[str, Any],
+    precision: str,
+    while_built: Callable[[torch.nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Iterator[Any]:
+    """An engine in groups of its own; ``while_built(model)`` is entered while the engine is built around it."""
     from adamoe_dist.config import config_from_dict, resolve
     from adamoe_dist.model import build_model
     from adamoe_dist.parallel import Launch, TrainingEngine, destroy_groups, initialize_groups
@@ -31,7 +36,8 @@ def built(changes: dict[str, Any], precision: str) -> Iterator[Any]:
         torch.manual_seed(1)
         dtype = DTYPES[precision]
         model = build_model(config, resolved, VOCAB, dtype, cuda=False).model
-        engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
+        with while_built(model):
+            engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
         yield engine
         engine.close()
     finally:
@@ -59,7 +65,7 @@ def passes(changes: dict[str, Any], precision: str, order: str, remedy: bool) ->
                     continue
                 losses = waiting.pop(0)
                 if letter == "B":
-                    engine.backward(losses.mean(), len(micro))
+                    engine.backward(losses.mean())
                 else:
                     gradient = torch.full_like(losses, engine.loss_scale / (losses.numel() * len(micro)))
                     engine.backward_from(losses, gradient)
@@ -85,7 +91,8 @@ def overflow_in_fp16(changes: dict[str, Any]) -> list[tuple[bool, int, float, fl
         before = gathered(engine.model, dict(engine.model.named_parameters()))
         for step in range(3):
             loss = engine(tokens_of(step, 2, 32)).mean()
-            engine.backward(loss * (1e8 if step == 1 and rank == 0 else 1.0), 1)
+            engine.start_step(1)
+            engine.backward(loss * (1e8 if step == 1 and rank == 0 else 1.0))
             engine.step()
             after = gathered(engine.model, dict(engine.model.named_parameters()))
             change = sum(float((after[name] - before[name]).norm()) for name in after)
@@ -100,8 +107,9 @@ def held_in_step(changes: dict[str, Any], precision: str) -> tuple[int, Any, Any
 
     with built(changes, precision) as engine:
         elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+        engine.start_step(2)
         for micro in tokens_of(torch.distributed.get_rank(), 2, 32).split(1):
-            engine.backward(engine(micro).mean(), 2)
+            engine.backward(engine(micro).mean())
         before = live_bytes(engine)
         engine.step()
         return elements, before, live_bytes(engine)
