@@ -1,9 +1,13 @@
 """What the launcher said about this process. Imports no torch: commands ask before they load it."""
 
 import os
+import time
 from dataclasses import dataclass
 
 from adamoe_dist.errors import UserError
+
+STARTED = time.monotonic()
+"""When this process began, but for the start of Python itself."""
 
 _HIGHEST_STEP = 0xFFFF0000
 """Slurm's numbers of steps that srun did not start (batch scripts, interactive shells) lie above, or are negative."""

@@ -2,13 +2,19 @@
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible
-from adamoe_dist.checkpoint.directory import find_checkpoint, has_checkpoints, remove_leftovers
+from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
-from adamoe_dist.checkpoint.save import save_checkpoint
+from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
+from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes
+from adamoe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 
 __all__ = [
     "CheckpointError",
+    "CheckpointSaver",
+    "Retention",
+    "SaveTimes",
+    "Snapshot",
     "check_compatible",
     "find_checkpoint",
     "has_checkpoints",
@@ -19,5 +25,7 @@ __all__ = [
     "read_state",
     "remove_leftovers",
     "save_checkpoint",
+    "take_snapshot",
     "verify_files",
+    "write_snapshot",
 ]

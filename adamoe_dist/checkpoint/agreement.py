@@ -14,13 +14,14 @@ class CheckpointError(RuntimeError):
 
 
 @contextlib.contextmanager
-def agreed(doing: str) -> Iterator[None]:
+def agreed(doing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a step on all ranks and leave it together.
 
     The rank whose step failed raises its own exception. The others raise as well, so that nobody waits for it.
 
     Args:
         doing: what the step does, for the message.
+        group: of all ranks, for the exchange; None: the default one.
 
     Raises:
         UserError: on all ranks, where it was the user's input that some rank refused.
@@ -31,7 +32,7 @@ def agreed(doing: str) -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    reports = gathered(None if problem is None else (isinstance(problem, UserError), describe(problem)))
+    reports = gathered(None if problem is None else (isinstance(problem, UserError), describe(problem)), group)
     if problem is not None:
         raise problem
     for rank, report in enumerate(reports):
@@ -40,10 +41,10 @@ def agreed(doing: str) -> Iterator[None]:
             raise UserError(message) if is_user_error else CheckpointError(f"rank {rank} failed {doing}: {message}")
 
 
-def gathered(value: Any) -> list[Any]:
-    """Return every rank's ``value``, by rank."""
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's ``value``, by rank; ``group`` is of all ranks."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

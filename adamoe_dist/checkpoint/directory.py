@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from adamoe_dist.checkpoint.manifest import find_incompleteness
@@ -112,15 +113,32 @@ def publish(unfinished: Path, root: Path, step: int) -> Path:
     return final
 
 
-def remove_older(root: Path, step: int, keep_last: int) -> None:
-    """Remove checkpoints before ``step`` so that ``keep_last`` are left, the one of ``step`` among them.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints to keep.
+
+    Attributes:
+        last: how many, the one just saved among them; None: all.
+        every: those of steps that it divides are kept for good, and are not counted.
+    """
+
+    last: int | None = None
+    every: int | None = None
+
+
+def remove_older(root: Path, step: int, retention: Retention) -> None:
+    """Remove the checkpoints before ``step`` that are not to be kept.
 
     Later ones, left by a run that was continued from an earlier step, are not touched.
     """
-    assert keep_last >= 1, f"keep_last={keep_last} would remove the checkpoint just saved"
-    earlier = [path for saved, path in list_checkpoints(root).items() if saved < step]
-    for path in earlier[: max(0, len(earlier) - (keep_last - 1))]:
-        shutil.rmtree(_set_aside(path))
+    if retention.last is None:
+        return
+    assert retention.last >= 1, f"{retention} would remove the checkpoint just saved"
+    counted = [saved for saved in list_checkpoints(root) if not retention.every or saved % retention.every]
+    earlier = [saved for saved in counted if saved < step]
+    others = retention.last - 1 if step in counted else retention.last
+    for saved in earlier[: max(0, len(earlier) - others)]:
+        shutil.rmtree(_set_aside(root / directory_name(saved)))
 
 
 def _set_aside(path: Path) -> Path:

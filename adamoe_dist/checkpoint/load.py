@@ -1,11 +1,16 @@
 """Loading into any layout: every rank reads its part of the whole tensors."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
 
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import tensors as names
@@ -13,7 +18,10 @@ from adamoe_dist.checkpoint.agreement import agreed, gathered
 from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.zero import ZeroState
 from adamoe_dist.errors import UserError
+from adamoe_dist.model import Part
 from adamoe_dist.parallel import TrainingEngine, stage_group
+
+_BATCH_BYTES = 1 << 29
 
 OFTEN = "the model or the optimizer is another one than the checkpoint's"
 
@@ -36,23 +44,12 @@ def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
     """
     shapes = _verified_shapes(path)
     zero = ZeroState(engine)
-    wanted = _wanted_weights(zero) | _wanted_buffers(zero) | _wanted_moments(zero)
-    known = _known_everywhere(wanted)
+    entries = [*_weights(zero), *_buffers(zero), *_moments(zero)]
+    _check_shapes(path, entries, shapes, ("model.", "optimizer."))
     with agreed(f"reading {path}"):
-        _check_shapes(path, wanted, known, shapes, ("model.", "optimizer."))
         state = read_state(path)
-    random_states = _readable_random_states(shapes)
-    with agreed(f"reading tensors from {path}"):
-        loaded = names.read_tensors(path, wanted | random_states)
-    _set_weights(zero, engine, loaded)
-    _set_buffers(zero, loaded)
-    for name, part in zero.parts.items():
-        for moment in zero.moments:
-            zero.set_moment(name, moment, names.joined(names.moment_key(name, moment), part, loaded))
-    if zero.moments:
-        zero.step = int(loaded[names.OPTIMIZER_STEP])
-    prefix = names.random_key("")
-    platform.restore_random_states({key.removeprefix(prefix): loaded[key].squeeze(0) for key in random_states})
+    _read(path, [*entries, *_random_states(shapes)])
+    _finish(zero, engine)
     return state
 
 
@@ -71,19 +68,12 @@ def load_weights(path: Path, engine: TrainingEngine) -> list[str]:
     """
     shapes = _verified_shapes(path)
     zero = ZeroState(engine)
-    buffers = _wanted_buffers(zero)
-    is_without = not any(key in shapes for key in buffers)
-    wanted = _wanted_weights(zero) | ({} if is_without else buffers)
-    known = _known_everywhere(wanted)
-    with agreed(f"reading {path}"):
-        _check_shapes(path, wanted, known, shapes, ("model.",))
-    with agreed(f"reading tensors from {path}"):
-        loaded = names.read_tensors(path, wanted)
-    _set_weights(zero, engine, loaded)
-    if is_without:
-        return list(zero.buffers)
-    _set_buffers(zero, loaded)
-    return []
+    is_without = not any(names.weight_key(name) in shapes for name in zero.buffers)
+    entries = [*_weights(zero), *(() if is_without else _buffers(zero))]
+    _check_shapes(path, entries, shapes, ("model.",))
+    _read(path, entries)
+    _finish(zero, engine)
+    return list(zero.buffers) if is_without else []
 
 
 def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -95,71 +85,100 @@ def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _wanted_weights(zero: ZeroState) -> dict[str, ShardedTensor]:
-    wanted: dict[str, ShardedTensor] = {}
+@dataclass(frozen=True)
+class _Entry:
+    """Something to read: the parts of it that this rank needs, and what to do with them."""
+
+    wanted: dict[str, ShardedTensor]
+    put: Callable[[dict[str, Tensor]], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory once read."""
+        return sum(prod(part.local_shape) * part.dtype.itemsize for part in self.wanted.values())
+
+
+def _weights(zero: ZeroState) -> Iterator[_Entry]:
     for name, part in zero.parts.items():
-        wanted |= names.pieces_of(names.weight_key(name), part)
-    return wanted
+        yield _part_entry(names.weight_key(name), part, partial(zero.set_weight, name))
 
 
-def _wanted_buffers(zero: ZeroState) -> dict[str, ShardedTensor]:
-    keys = {names.weight_key(name): buffer for name, buffer in zero.buffers.items()}
-    return {key: names.replicated(key, torch.empty(buffer.shape), stage_group()) for key, buffer in keys.items()}
-
-
-def _wanted_moments(zero: ZeroState) -> dict[str, ShardedTensor]:
-    wanted: dict[str, ShardedTensor] = {}
+def _moments(zero: ZeroState) -> Iterator[_Entry]:
     for moment in zero.moments:
         for name, part in zero.parts.items():
-            wanted |= names.pieces_of(names.moment_key(name, moment), part)
+            yield _part_entry(names.moment_key(name, moment), part, partial(zero.set_moment, name, moment))
     if zero.moments:
-        wanted[names.OPTIMIZER_STEP] = names.replicated(names.OPTIMIZER_STEP, torch.zeros(1, dtype=torch.int64))
-    return wanted
+        key = names.OPTIMIZER_STEP
+
+        def put_step(loaded: dict[str, Tensor]) -> None:
+            zero.step = int(loaded[key])
+
+        yield _Entry({key: names.replicated(key, torch.zeros(1, dtype=torch.int64))}, put_step)
 
 
-def _readable_random_states(shapes: dict[str, tuple[int, ...]]) -> dict[str, ShardedTensor]:
-    """The random states of as many ranks and of the same kind of device as here."""
-    states = {names.random_key(device): state for device, state in platform.random_states().items()}
-    return {
-        key: names.part_by_rank(key, state)
-        for key, state in states.items()
-        if shapes.get(key) == (dist.get_world_size(), state.numel())
-    }
+def _part_entry(key: str, part: Part, put: Callable[[Tensor], None]) -> _Entry:
+    return _Entry(names.pieces_of(key, part), lambda loaded: put(names.joined(key, part, loaded)))
 
 
-def _known_everywhere(wanted: dict[str, ShardedTensor]) -> set[str]:
-    """The names of the tensors that some rank wants: each pipeline stage wants its own. Collective."""
-    return set().union(*gathered({part.key for part in wanted.values()}))
+def _buffers(zero: ZeroState) -> Iterator[_Entry]:
+    for name, buffer in zero.buffers.items():
+        key = names.weight_key(name)
+        wanted = {key: names.replicated(key, torch.empty(buffer.shape), stage_group())}
+        yield _Entry(wanted, lambda loaded, key=key, buffer=buffer: buffer.copy_(loaded[key]))  # type: ignore[misc]
 
 
-def _check_shapes(
-    path: Path,
-    wanted: dict[str, ShardedTensor],
-    known: set[str],
-    present: dict[str, tuple[int, ...]],
-    prefixes: tuple[str, ...],
-) -> None:
-    for part in wanted.values():
-        key = part.key
-        if key not in present:
-            raise UserError(f"checkpoint {path}: tensor {key} is missing; {OFTEN}")
-        if tuple(part.global_shape) != present[key]:
-            raise UserError(
-                f"checkpoint {path}: tensor {key} has shape {present[key]}, "
-                f"needed is {tuple(part.global_shape)}; {OFTEN}"
-            )
-    for key in present:
-        if key.startswith(prefixes) and key not in known:
-            raise UserError(f"checkpoint {path}: tensor {key} has no place here; {OFTEN}")
+def _random_states(shapes: dict[str, tuple[int, ...]]) -> Iterator[_Entry]:
+    """The random states of as many ranks and of the same kind of generator as here."""
+    for kind, state in platform.random_states().items():
+        key = names.random_key(kind)
+        if shapes.get(key) == (dist.get_world_size(), state.numel()):
+            yield _Entry({key: names.part_by_rank(key, state)}, partial(_put_random_state, kind, key))
 
 
-def _set_weights(zero: ZeroState, engine: TrainingEngine, loaded: dict[str, Any]) -> None:
-    for name, part in zero.parts.items():
-        zero.set_weight(name, names.joined(names.weight_key(name), part, loaded))
+def _put_random_state(kind: str, key: str, loaded: dict[str, Tensor]) -> None:
+    platform.restore_random_states({kind: loaded[key].squeeze(0)})
+
+
+def _read(path: Path, entries: list[_Entry]) -> None:
+    """Read and put all entries, of each rank ``_BATCH_BYTES`` at a time: its part may be larger than its memory."""
+    batches: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if size and size + entry.nbytes > _BATCH_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(entry)
+        size += entry.nbytes
+    for number in range(max(gathered(len(batches)))):  # reading is collective, and stages have different parts
+        batch = batches[number] if number < len(batches) else []
+        wanted = {name: part for entry in batch for name, part in entry.wanted.items()}
+        with agreed(f"reading tensors from {path}"):
+            loaded = names.read_tensors(path, wanted)
+        for entry in batch:
+            entry.put(loaded)
+
+
+def _finish(zero: ZeroState, engine: TrainingEngine) -> None:
     zero.update_weights()
     engine.share_tied_embedding()
 
 
-def _set_buffers(zero: ZeroState, loaded: dict[str, Any]) -> None:
-    for name, buffer in zero.buffers.items():
-        buffer.copy_(loaded[names.weight_key(name)])
+def _check_shapes(
+    path: Path, entries: list[_Entry], present: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]
+) -> None:
+    """Refuse, on every rank, a tensor that is missing, unexpected or of another shape; each stage wants its own."""
+    wanted = [part for entry in entries for part in entry.wanted.values()]
+    known = set().union(*gathered({part.key for part in wanted}))
+    with agreed(f"comparing with {path}"):
+        for part in wanted:
+            key = part.key
+            if key not in present:
+                raise UserError(f"checkpoint {path}: tensor {key} is missing; {OFTEN}")
+            if tuple(part.global_shape) != present[key]:
+                raise UserError(
+                    f"checkpoint {path}: tensor {key} has shape {present[key]}, "
+                    f"needed is {tuple(part.global_shape)}; {OFTEN}"
+                )
+        for key in present:
+            if key.startswith(prefixes) and key not in known:
+                raise UserError(f"checkpoint {path}: tensor {key} has no place here; {OFTEN}")

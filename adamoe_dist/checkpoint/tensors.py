@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -32,6 +32,7 @@ from adamoe_dist.errors import UserError
 from adamoe_dist.model import Part
 
 METADATA = ".metadata"
+COMMON = "common.pt"
 OPTIMIZER_STEP = "optimizer.step"
 
 
@@ -50,19 +51,19 @@ def random_key(device: str) -> str:
     return f"rng.{device}"
 
 
-def pieces_of(key: str, part: Part, turn: int = 0, value: Tensor | None = None) -> dict[str, ShardedTensor]:
+def pieces_of(key: str, part: Part, writer: int = 0, value: Tensor | None = None) -> dict[str, ShardedTensor]:
     """Say which pieces of a whole fp32 tensor this rank holds.
 
     Args:
         key: the tensor's name.
         part: of the weight that the tensor is of, in shape.
-        turn: which of the ranks that hold the same part writes it, counted on and around; spreads the work.
+        writer: which of the ranks that hold the same part writes it.
         value: the local tensor, needed on the rank that writes it; without it the descriptions have no data.
 
     Returns:
         The descriptions, each under a name of its own.
     """
-    replica = (part.replica - turn) % part.replicas
+    replica = (part.replica - writer) % part.replicas
     described = {}
     for number, piece in enumerate(part.pieces):
         sizes = [place.stop - place.start for place in piece.whole]
@@ -100,41 +101,51 @@ def replicated(key: str, value: Tensor, group: dist.ProcessGroup | None = None) 
     return ShardedTensor.from_rank_offsets(key, value, replica_id=dist.get_rank(group))
 
 
-class SynchronousWriter(TorchDistSaveShardedStrategy):
-    """Writes Megatron-core's format in this process.
+def check_coverage(tensors: dict[str, ShardedTensor]) -> None:
+    """Check that the ranks' parts make up each whole tensor once; all ranks call it together.
 
-    Megatron-core's own strategy starts a manager process and forks a writer in every rank for each checkpoint, and
-    waits for ever where one of them is killed. A rank that fails here makes all ranks fail.
+    Raises:
+        CheckpointingException: some element would be written twice or not at all; on rank 0.
     """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write this rank's tensors to one file; rank 0 writes the index."""
-        held: dict[str, list[ShardedTensor | ShardedObject]] = {}
-        for part in sharded_state_dict.values():
-            if is_main_replica(part.replica_id):
-                held.setdefault(part.unique_key if isinstance(part, ShardedObject) else part.key, []).append(part)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(held, is_loading=False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-        )
+    _, everyone = determine_global_metadata(dict(tensors))
+    validate_sharding_integrity(everyone)
 
 
-def write_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> None:
-    """Write tensors to ``path``; all ranks call it together.
+def write_tensors(path: Path, tensors: dict[str, ShardedTensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors to ``path`` in Megatron-core's format; all ranks call it together.
+
+    It runs in this process and has no collective but on ``group``, so that it may run beside training. Megatron-core's
+    own strategy starts a manager process and forks a writer in every rank for each checkpoint, and waits for ever where
+    one of them is killed.
 
     Args:
         path: an existing directory that all ranks see.
-        tensors: by name; those that another rank writes need no data.
+        tensors: by name, as :func:`check_coverage` accepts; those that another rank writes need no data.
+        group: of all ranks; None: the default one.
     """
+    held: dict[str, list[Any]] = {}
+    for part in tensors.values():
+        if is_main_replica(part.replica_id):
+            held.setdefault(part.key, []).append(part)
     try:
-        dist_checkpointing.save(dict(tensors), str(path), sharded_strategy=SynchronousWriter("torch_dist", 1))
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(held, is_loading=False),
+            storage_writer=torch_checkpoint.FileSystemWriter(path, sync_files=True),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+            process_group=group,
+        )
     except CheckpointException as problem:
         failures = {rank: failure[0] for rank, failure in problem.failures.items()}
         rank = dist.get_rank() if dist.get_rank() in failures else min(failures)
         if rank == dist.get_rank():
             raise failures[rank] from problem
         raise CheckpointError(f"rank {rank} failed writing tensors to {path}: {describe(failures[rank])}") from problem
+
+
+def write_format(path: Path) -> None:
+    """Write the two files by which Megatron-core knows its format; the second is of what is not a tensor: nothing."""
+    save_config(CheckpointingConfig("torch_dist"), str(path))
+    torch.save({}, path / COMMON)
 
 
 def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Tensor]:

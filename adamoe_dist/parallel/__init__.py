@@ -3,6 +3,7 @@
 from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
 from adamoe_dist.parallel.groups import (
+    COLLECTIVE_TIMEOUT,
     Launch,
     check_port,
     data_parallel_rank,
@@ -28,6 +29,7 @@ from adamoe_dist.parallel.watch import sigterm_as_exit, watch_ranks
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_of, verify_wiring
 
 __all__ = [
+    "COLLECTIVE_TIMEOUT",
     "Launch",
     "LiveBytes",
     "Schedule",

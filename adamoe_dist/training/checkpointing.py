@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from adamoe_dist.checkpoint import CheckpointSaver, Retention, load_checkpoint, load_weights
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
@@ -19,18 +19,33 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter(Callback):
     """Saves every ``checkpoint.interval`` steps, after the last step, and when a signal ends the run."""
 
-    def __init__(self, tokenizer_fingerprint: str, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, tokenizer_fingerprint: str, dtype: torch.dtype) -> None:
+        """Prepare to save; all ranks call it together."""
+        settings = config.checkpoint
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._dtype = dtype
+        self._saver = CheckpointSaver(
+            checkpoint_root(config),
+            Retention(settings.keep_last, settings.keep_every),
+            in_background=settings.asynchronous,
+            goes_on_after_failure=settings.on_failure == "continue",
+        )
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save if it is due."""
+        """Save if it is due; the last one is waited for."""
         interval = trainer.config.checkpoint.interval
-        if not trainer.is_last_step and (interval is None or result.step % interval):
-            return
-        path = save_checkpoint(
-            checkpoint_root(trainer.config),
-            result.step,
+        if trainer.is_last_step or (interval is not None and result.step % interval == 0):
+            self.save(trainer)
+        else:
+            self._saver.poll()
+        if trainer.is_last_step:
+            self._saver.finish()
+        self._report(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the present state."""
+        self._saver.save(
+            trainer.step,
             trainer.engine,
             state={
                 "step": trainer.step,
@@ -40,9 +55,23 @@ class CheckpointWriter(Callback):
             },
             config=trainer.config.to_dict(),
             layout=layout(trainer.config, trainer.resolved, self._dtype),
-            keep_last=trainer.config.checkpoint.keep_last,
         )
-        logger.info("saved %s", path)
+
+    def close(self) -> None:
+        """Let a save in progress end, when an exception ends the run."""
+        self._saver.close()
+
+    def _report(self, trainer: Trainer) -> None:
+        """Add what saving took to the next record."""
+        times = self._saver.take_times()
+        for name, value in (
+            ("save_stall_s", times.stall_s),
+            ("save_write_s", times.write_s),
+            ("saves", times.saved),
+            ("saves_failed", times.failed),
+        ):
+            if value:
+                trainer.extra_metrics[name] = trainer.extra_metrics.get(name, 0) + value
 
 
 def layout(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,13 +14,20 @@ from adamoe_dist import platform
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.data import BatchStream
 from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
+from adamoe_dist.launcher import STARTED
 from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel import Schedule, TrainingEngine
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.load_control import load_controller
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
 
-EXIT_CODES = {signal.SIGTERM: EXIT_TERMINATED, signal.SIGINT: EXIT_INTERRUPTED}
+EXIT_CODES = {
+    signal.SIGTERM: EXIT_TERMINATED,
+    signal.SIGINT: EXIT_INTERRUPTED,
+    signal.SIGUSR1: EXIT_TERMINATED,
+    signal.SIGALRM: EXIT_TERMINATED,
+}
+"""The signals that make a run save and stop; SIGALRM is ``checkpoint.time_limit_minutes``'s own."""
 
 
 class Trainer:
@@ -40,6 +47,7 @@ class Trainer:
         step: optimizer steps done.
         tokens_seen: tokens trained on, over all ranks.
         stop_signal: the signal that asked the run to stop, if any.
+        extra_metrics: what callbacks add to the next record.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.stop_signal: signal.Signals | None = None
+        self.extra_metrics: dict[str, float | int] = {}
         self._load_controller = load_controller(config, model)
         self._received: signal.Signals | None = None
         self.schedule = Schedule(engine, model, dtype, device)
@@ -84,6 +93,8 @@ class Trainer:
             NumericalError: a router's scores, the loss or the gradient norm are NaN or infinite.
         """
         previous = {number: signal.signal(number, self._note_signal) for number in EXIT_CODES}
+        if self.config.checkpoint.time_limit_minutes is not None:
+            signal.setitimer(signal.ITIMER_REAL, _time_left_s(self.config.checkpoint.time_limit_minutes))
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -94,6 +105,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_finish(self)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return 0 if self.stop_signal is None else EXIT_CODES[self.stop_signal]
@@ -180,3 +192,8 @@ class Trainer:
 
     def _note_signal(self, number: int, _: FrameType | None) -> None:
         self._received = signal.Signals(number)
+
+
+def _time_left_s(limit_minutes: float) -> float:
+    """Return how long this process may still run, counted from its start; more than nothing."""
+    return max(60 * limit_minutes - (time.monotonic() - STARTED), 1e-3)

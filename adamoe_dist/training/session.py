@@ -106,9 +106,10 @@ def _train_in_groups(
     built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda(), expert_nodes)
     engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
     recorder = Recorder(corpora.validation)
+    writer = CheckpointWriter(config, corpora.tokenizer.fingerprint, dtype)
     callbacks = [
         recorder,
-        CheckpointWriter(corpora.tokenizer.fingerprint, dtype),
+        writer,
         SampleWriter(corpora.tokenizer, recorder),
         Summary(recorder),
     ]
@@ -126,6 +127,7 @@ def _train_in_groups(
     try:
         return trainer.run()
     finally:
+        writer.close()
         recorder.close()
         engine.close()
 

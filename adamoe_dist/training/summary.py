@@ -1,6 +1,7 @@
 """The last lines of a run."""
 
 import logging
+import signal
 
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.loop import Trainer
@@ -44,7 +45,8 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
             f"{record['dispatch_rows_undeduplicated']}"
         )
     if trainer.stop_signal is not None:
-        lines.append(f"stopped by {trainer.stop_signal.name} after step {trainer.step}; checkpoint.resume=auto goes on")
+        cause = "checkpoint.time_limit_minutes" if trainer.stop_signal == signal.SIGALRM else trainer.stop_signal.name
+        lines.append(f"stopped by {cause} after step {trainer.step}; checkpoint.resume=auto goes on")
     lines.append(f"run directory: {trainer.config.run_dir}")
     if trainer.config.monitor.tensorboard:
         lines.append(f"look at it with: python -m tensorboard.main --logdir {trainer.config.run_dir.parent}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from adamoe_dist.checkpoint import find_checkpoint, has_checkpoints, remove_leftovers
-from adamoe_dist.checkpoint.directory import POINTER, publish, remove_older
+from adamoe_dist.checkpoint.directory import POINTER, Retention, publish, remove_older
 from adamoe_dist.errors import UserError
 from tests.checkpoint.conftest import Make
 
@@ -103,5 +103,5 @@ def test_leftovers_are_removed(tmp_path: Path, make: Make) -> None:
 def test_keep_last(tmp_path: Path, make: Make, keep_last: int, left: list[int]) -> None:
     for step in (1, 2, 3, 4, 9):
         make(step)
-    remove_older(tmp_path, 4, keep_last)
+    remove_older(tmp_path, 4, Retention(keep_last))
     assert names(tmp_path) == [f"iter_{step:07d}" for step in left]
