@@ -60,9 +60,17 @@ class CheckpointSaver:
         self._times = SaveTimes()
 
     def save(
-        self, step: int, engine: TrainingEngine, state: dict[str, Any], config: dict[str, Any], layout: dict[str, Any]
+        self,
+        step: int,
+        engine: TrainingEngine,
+        state: dict[str, Any],
+        config: dict[str, Any],
+        layout: dict[str, Any],
+        is_last: bool = False,
     ) -> None:
         """Save what :func:`~adamoe_dist.checkpoint.take_snapshot` takes; all ranks call it together, between two steps.
+
+        The last save of a run is waited for, and if it fails the run fails: there is nothing to go on to.
 
         Raises:
             UserError: this save, or an earlier one in the background, failed on the disk, and the run is to stop then.
@@ -75,8 +83,8 @@ class CheckpointSaver:
             self._is_checked = True
         self._writing = _Writing(self._root, snapshot, self._retention, self._group)
         self._writing.start()
-        if not self._in_background:
-            self._wait()
+        if is_last or not self._in_background:
+            self._wait(may_go_on=not is_last)
         self._times.stall_s += time.perf_counter() - started
 
     def poll(self) -> None:
@@ -87,16 +95,6 @@ class CheckpointSaver:
         """
         if self._writing is not None and not self._writing.is_alive():
             self._wait()
-
-    def finish(self) -> None:
-        """Wait for the save in progress, if any.
-
-        Raises:
-            UserError: it failed, and the run is to stop then.
-        """
-        started = time.perf_counter()
-        self._wait()
-        self._times.stall_s += time.perf_counter() - started
 
     def close(self) -> None:
         """Let a save in progress end, whatever else went wrong; its own failure is logged."""
@@ -110,7 +108,7 @@ class CheckpointSaver:
         times, self._times = self._times, SaveTimes()
         return times
 
-    def _wait(self) -> None:
+    def _wait(self, may_go_on: bool = True) -> None:
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -126,11 +124,9 @@ class CheckpointSaver:
         last = newest_complete(self._root)
         finding = f"saving the checkpoint of step {writing.step} failed: {describe(writing.problem)}"
         left = f"the last complete one is {last}" if last else "there is no earlier one"
-        if not self._goes_on:
-            raise UserError(
-                f"{finding}; {left}; make room or the directory writable and continue with checkpoint.resume=auto, or "
-                "let runs go on without: checkpoint.on_failure=continue"
-            ) from writing.problem
+        if not (self._goes_on and may_go_on):
+            way_out = "make room, or the directory writable, and continue with checkpoint.resume=auto"
+            raise UserError(f"{finding}; {left}; {way_out}") from writing.problem
         logger.warning("%s; %s; training goes on (checkpoint.on_failure=continue)", finding, left)
 
 

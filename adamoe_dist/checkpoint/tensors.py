@@ -130,7 +130,7 @@ def write_tensors(path: Path, tensors: dict[str, ShardedTensor], group: dist.Pro
     try:
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(held, is_loading=False),
-            storage_writer=torch_checkpoint.FileSystemWriter(path, sync_files=True),
+            storage_writer=_Writer(path, sync_files=True),
             planner=MCoreSavePlanner(flatten_state_dict=False),
             process_group=group,
         )
@@ -140,6 +140,20 @@ def write_tensors(path: Path, tensors: dict[str, ShardedTensor], group: dist.Pro
         if rank == dist.get_rank():
             raise failures[rank] from problem
         raise CheckpointError(f"rank {rank} failed writing tensors to {path}: {describe(failures[rank])}") from problem
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """Says what the disk said: torch's zip writer replaces that by a remark on its own positions."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write this rank's tensors."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as problem:
+            beneath: BaseException | None = problem
+            while beneath is not None and not isinstance(beneath, OSError):
+                beneath = beneath.__cause__ or beneath.__context__
+            raise beneath or problem from None
 
 
 def write_format(path: Path) -> None:

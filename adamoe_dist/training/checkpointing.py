@@ -38,8 +38,6 @@ class CheckpointWriter(Callback):
             self.save(trainer)
         else:
             self._saver.poll()
-        if trainer.is_last_step:
-            self._saver.finish()
         self._report(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -55,6 +53,7 @@ class CheckpointWriter(Callback):
             },
             config=trainer.config.to_dict(),
             layout=layout(trainer.config, trainer.resolved, self._dtype),
+            is_last=trainer.is_last_step,
         )
 
     def close(self) -> None:
@@ -67,7 +66,6 @@ class CheckpointWriter(Callback):
         for name, value in (
             ("save_stall_s", times.stall_s),
             ("save_write_s", times.write_s),
-            ("saves", times.saved),
             ("saves_failed", times.failed),
         ):
             if value:

@@ -5,14 +5,17 @@ import os
 import pydoc_data.topics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.nursery import Nursery
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMES = {"step_time_s", "tokens_per_second", "memory_peak_gib"}
+TIMES = {"step_time_s", "tokens_per_second", "memory_peak_gib", "save_stall_s", "save_write_s"}
 
 
 @dataclass(frozen=True)
@@ -112,3 +115,10 @@ train: {steps: 40, global_batch_size: 16, micro_batch_size: 4, validation_interv
 checkpoint: {interval: 20}
 monitor: {log_interval: 5}
 """
+
+
+@pytest.fixture(scope="session")
+def nursery(workspace) -> Iterator[Nursery]:
+    nursery = Nursery(workspace, environment_of_commands({"PYTHONPATH": str(REPOSITORY)}))
+    yield nursery
+    nursery.close()
