@@ -14,19 +14,14 @@ activations show.
 """
 
 import argparse
-import ctypes
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import common  # noqa: F401  before torch: it sets what torch reads when it is loaded
 import torch
 from common import BenchmarkParser, markdown, report
+from processes import forget_peak, free_at_once, memory_now, peak, run_ranks
 
 from adamoe_dist import platform
 from adamoe_dist.config import Resolved, config_from_dict, resolve
@@ -97,19 +92,19 @@ def train_and_measure(case: Case, options: argparse.Namespace) -> Row:
     resolved = resolve(config, launch.world_size)
     platform.limit_threads()
     initialize_groups(launch, resolved)
-    _free_at_once()
-    before, device = _memory_now(), platform.device(launch.local_rank)
+    free_at_once()
+    before, device = memory_now(), platform.device(launch.local_rank)
     dtype = DTYPES[case.precision]
     model = build_model(config, resolved, VOCABULARY, dtype, platform.is_cuda()).model
     engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
     engine.train()
     for step in range(STEPS):  # building the model and the first step's lazy state are past in the last
-        _forget_peak()
+        forget_peak()
         _accumulate(engine, torch.Generator().manual_seed(step), case.length, resolved, device)
-        peak_passes, live = _peak() - before, live_bytes(engine)
-        _forget_peak()
+        peak_passes, live = peak() - before, live_bytes(engine)
+        forget_peak()
         engine.step()
-        peak_step = _peak() - before
+        peak_step = peak() - before
     numbers = [live.weights, live.gradients, live.optimizer, peak_passes, peak_step]
     largest = torch.tensor(numbers, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
@@ -132,58 +127,11 @@ def _accumulate(
         engine.backward(engine(tokens).mean())
 
 
-def _free_at_once() -> None:
-    """Undo what :func:`adamoe_dist.platform.host.keep_memory` asks of glibc: resident memory is to be what is used."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for name, value in ((-4, 65536), (-1, 2**17), (-3, 2**17)):
-            mallopt(name, value)
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return float(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def _memory_now() -> float:
-    return float(torch.cuda.memory_allocated()) if platform.is_cuda() else _status("VmRSS")
-
-
-def _forget_peak() -> None:
-    if platform.is_cuda():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> float:
-    return float(torch.cuda.max_memory_allocated()) if platform.is_cuda() else _status("VmHWM")
-
-
 def run_case(case: Case, options: argparse.Namespace) -> Row:
     """Run a case in processes of its own and return rank 0's answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     size = ["--ranks", options.ranks, "--expert", options.expert, "--hidden", options.hidden]
-    command = [sys.executable, __file__, *map(str, [*size, "--layers", options.layers])]
-    shared = {**os.environ, "WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["LOCAL_WORLD_SIZE"] = shared["WORLD_SIZE"]
-    ranks = [
-        subprocess.Popen(
-            [*command, "--case", json.dumps(asdict(case))],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(options.ranks)
-    ]
-    outputs = [process.communicate()[0] for process in ranks]
-    if any(process.returncode for process in ranks):
-        raise RuntimeError(f"{case} failed with {[process.returncode for process in ranks]}")
-    answer = json.loads(outputs[0].splitlines()[-1])
+    arguments = [*map(str, [*size, "--layers", options.layers]), "--case", json.dumps(asdict(case))]
+    answer = json.loads(run_ranks(__file__, arguments, options.ranks))
     return Row(**{**answer, "case": case})
 
 

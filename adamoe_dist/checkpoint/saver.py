@@ -50,7 +50,7 @@ class CheckpointSaver:
 
     def __init__(self, root: Path, retention: Retention, in_background: bool, goes_on_after_failure: bool) -> None:
         """Prepare to save into ``root``; all ranks call it together."""
-        self._root = root
+        self.root = root
         self._retention = retention
         self._in_background = in_background
         self._goes_on = goes_on_after_failure
@@ -81,7 +81,7 @@ class CheckpointSaver:
         if not self._is_checked:  # how the tensors are cut does not change
             names.check_coverage(snapshot.tensors)
             self._is_checked = True
-        self._writing = _Writing(self._root, snapshot, self._retention, self._group)
+        self._writing = _Writing(self.root, snapshot, self._retention, self._group)
         self._writing.start()
         if is_last or not self._in_background:
             self._wait(may_go_on=not is_last)
@@ -121,7 +121,7 @@ class CheckpointSaver:
         self._times.failed += 1
         if not isinstance(writing.problem, OSError | CheckpointError):
             raise writing.problem
-        last = newest_complete(self._root)
+        last = newest_complete(self.root)
         finding = f"saving the checkpoint of step {writing.step} failed: {describe(writing.problem)}"
         left = f"the last complete one is {last}" if last else "there is no earlier one"
         if not (self._goes_on and may_go_on):

@@ -129,3 +129,13 @@ def test_memory(tmp_path: Path) -> None:
     assert all(
         row[name] > 0 for row in rows for name in ("weights", "optimizer", "peak_passes", "peak_step", "planned")
     )
+
+
+@pytest.mark.distributed
+def test_checkpoint(tmp_path: Path) -> None:
+    sizes = ["--hidden", "64", "--layers", "1", "--pairs", "1", "--directory", str(tmp_path)]
+    printed(benchmark("checkpoint.py", *sizes, "--json", str(tmp_path / "c.json")), "plain save", "stall in background")
+    times = numbers(tmp_path / "c.json")["times"]
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in times["seconds"].values())
+    assert 12 * times["parameters"] < times["bytes"] < 12.1 * times["parameters"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json"]
