@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -99,6 +100,50 @@ def overflow_in_fp16(changes: dict[str, Any]) -> list[tuple[bool, int, float, fl
             before = after
             seen.append((engine.is_skipped, engine.skipped_steps, engine.loss_scale, change))
         return seen
+
+
+def resume_in_fp16(changes: dict[str, Any], root: Path) -> tuple[list[Any], list[Any], bool]:
+    """Steps whose second and third overflow on rank 0, unbroken and from a checkpoint between these two.
+
+    Returns the states of the loss scale after the steps that both do, and whether they end with the same weights.
+    """
+    import json
+
+    from deepspeed.accelerator import get_accelerator
+
+    from adamoe_dist.checkpoint import load_checkpoint, save_checkpoint
+
+    def advance(engine: Any, steps: range) -> list[Any]:
+        states = []
+        for step in steps:
+            engine.deepspeed.optimizer.loss_scaler.scale_window = 2  # so that the scale grows within the test, too
+            engine.start_step(1)
+            is_huge = step in (1, 2) and torch.distributed.get_rank() == 0
+            engine.backward(engine(tokens_of(step, 2, 32)).mean() * (1e8 if is_huge else 1.0))
+            engine.step()
+            states.append(engine.loss_scale_state())
+        return states
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True):
+        with built(changes, "fp16") as engine:
+            advance(engine, range(2))
+            state = {"loss_scale": engine.loss_scale_state()}
+            path = save_checkpoint(root, 2, engine, state, {}, {}, None)
+            expected = advance(engine, range(2, 7))
+            weights = gathered(engine.model, dict(engine.model.named_parameters()))
+        with built(changes, "fp16") as engine:
+            advance(engine, range(10, 11))
+            engine.load_loss_scale_state(json.loads(json.dumps(load_checkpoint(path, engine)))["loss_scale"])
+            found = advance(engine, range(2, 7))
+            again = gathered(engine.model, dict(engine.model.named_parameters()))
+    return expected, found, all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def loss_scale_of_another_precision() -> Any:
+    """What an fp32 engine says, after it was given the state of fp16's."""
+    with built({}, "fp32") as engine:
+        engine.load_loss_scale_state({"cur_scale": 4.0, "cur_iter": 1, "last_overflow_iter": 0, "skipped_steps": 1})
+        return engine.loss_scale_state(), engine.loss_scale, engine.skipped_steps
 
 
 def held_in_step(changes: dict[str, Any], precision: str) -> tuple[int, Any, Any]:
