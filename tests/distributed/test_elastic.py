@@ -47,6 +47,7 @@ MOVES = [
     ("stage 3", "expert 2"),
 ]
 QUICK = [("expert 2", "expert 4"), ("tensor 2", "alone"), ("pipeline 2", "alone, 4 layers"), ("stage 2", "stage 3")]
+"""Data 2 to alone is in the test of the data's order."""
 
 
 @pytest.fixture(scope="module")
