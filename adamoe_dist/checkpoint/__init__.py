@@ -1,7 +1,7 @@
 """Checkpoints that survive any change of ranks: canonical tensors in Megatron-core's distributed format."""
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
-from adamoe_dist.checkpoint.compatibility import check_compatible
+from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
 from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
@@ -20,6 +20,7 @@ __all__ = [
     "has_checkpoints",
     "load_checkpoint",
     "load_weights",
+    "notes_on_cut",
     "read_config",
     "read_manifest",
     "read_state",

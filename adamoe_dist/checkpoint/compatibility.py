@@ -1,53 +1,50 @@
-"""Which configuration keys a checkpoint fixes, and why."""
+"""Whether a run may continue from a checkpoint, and what it changes if so."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from adamoe_dist.checkpoint.manifest import read_config, read_state
+from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state
+from adamoe_dist.config import (
+    ABSENT,
+    ALLOW,
+    TOTAL_STEPS,
+    Resolved,
+    automatic_micro_batch,
+    compared_keys,
+    is_allowed,
+    rule_of,
+)
 from adamoe_dist.errors import UserError
 
 FINGERPRINT = "tokenizer_fingerprint"
-_ABSENT = "absent"
-_OFF = (_ABSENT, None)  # a key that the checkpoint's version did not have yet was off
+_TARGET_LOAD = "moe.router.target_load"
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A key, or a whole section, that must be as in the checkpoint."""
+class Difference(NamedTuple):
+    """A key that is not as in the checkpoint."""
 
     key: str
-    reason: str
-    resume_only: bool = False
+    there: Any
+    here: Any
+    is_nameable: bool
 
-
-FIXED = (
-    Fixed("model.sequence_length", "the samples are cut by it", resume_only=True),
-    Fixed("model.init_std", "the run would not be one that a single start could have given", resume_only=True),
-    Fixed("model", "shapes and meaning of the weights"),
-    Fixed("moe.num_experts", "shape of the experts and of the router"),
-    Fixed("moe.num_null_experts", "shape of the null rows; the load that training settled at"),
-    Fixed("moe.top_k", "the load that training settled at"),
-    Fixed("moe.expert_hidden_size", "shape of the experts"),
-    Fixed("moe.shared_expert_hidden_size", "shape of the shared expert"),
-    Fixed("moe.layer_frequency", "which layers have experts"),
-    Fixed("moe.router.type", "weights of the router"),
-    Fixed("moe.null_types", "what the null experts return; their weights"),
-    Fixed("moe.router.score_function", "meaning of the router's weights"),
-    Fixed("moe.router.gating_residual", "weights of the router"),
-    Fixed("moe.router.normalize", "scale of the experts' outputs"),
-    Fixed("moe.router.target_load", "the bias that experts are selected with", resume_only=True),
-    Fixed("moe.router.null_init", "one row for all null experts, or one each"),
-    Fixed("run.seed", "order of the data", resume_only=True),
-    Fixed("optimizer.type", "moments in the checkpoint", resume_only=True),
-)
+    def __str__(self) -> str:
+        if self.key == FINGERPRINT:
+            return f"the tokenizer's fingerprint is {self.there} there, {self.here} here"
+        in_effect = ""
+        if self.key == TOTAL_STEPS:
+            in_effect = " (where null, train.steps; the learning-rate curve and annealing are laid out for it)"
+        return f"{self.key}{in_effect} is {self.there} there, {self.here} here"
 
 
 def check_compatible(
-    path: Path, config: dict[str, Any], tokenizer_fingerprint: str | None, weights_only: bool = False
-) -> None:
-    """Refuse a checkpoint that this run cannot continue from.
+    path: Path,
+    config: dict[str, Any],
+    tokenizer_fingerprint: str | None,
+    weights_only: bool = False,
+    samples: dict[str, Any] | None = None,
+) -> list[str]:
+    """Refuse a checkpoint that this run cannot continue from, or not without a word in ``checkpoint.allow_changes``.
 
     Args:
         path: the checkpoint directory.
@@ -55,57 +52,126 @@ def check_compatible(
         tokenizer_fingerprint: of this run's tokenizer, compared with ``tokenizer_fingerprint`` in the checkpoint's
             state; None skips the comparison.
         weights_only: compare only what the weights depend on: a new run starts from them.
+        samples: the identity of this run's training samples, compared with ``data`` in the checkpoint's state; None
+            skips the comparison.
+
+    Returns:
+        One line for each difference that ``checkpoint.allow_changes`` allows.
 
     Raises:
-        UserError: naming every key that differs, with both values.
+        UserError: naming every key that differs and may not, with both values.
     """
-    saved = read_config(path)
-    differences = {
-        key: f"{key} is {there} there, {here} here"
-        for fixed in FIXED
-        for key, there, here in _compare(fixed.key, saved, config)
+    found = _differing_keys(read_config(path), config, weights_only)
+    state = read_state(path) if tokenizer_fingerprint is not None or samples is not None else {}
+    if tokenizer_fingerprint is not None and state.get(FINGERPRINT, ABSENT) != tokenizer_fingerprint:
+        found.append(Difference(FINGERPRINT, state.get(FINGERPRINT, ABSENT), tokenizer_fingerprint, False))
+    if samples is not None and not weights_only:
+        found += _differing_samples(state.get("data", {}), samples)
+    allowed = [] if weights_only else config.get("checkpoint", {}).get("allow_changes", [])
+    refused = [
+        difference for difference in found if not (difference.is_nameable and is_allowed(difference.key, allowed))
+    ]
+    if refused:
+        raise UserError(_refusal(path, refused, weights_only))
+    return [f"{ALLOW}: {key} {there} -> {here}" for key, there, here, _ in found]
+
+
+def _differing_keys(saved: dict[str, Any], config: dict[str, Any], weights_only: bool) -> list[Difference]:
+    return [
+        Difference(key, there, here, _is_nameable(key, there, here))
+        for key, there, here in compared_keys(saved, config)
         if there != here
-        and not (there in _OFF and here in _OFF)
-        and not (weights_only and _may_change(key, there, here))
-    }
-    if tokenizer_fingerprint is not None:
-        there = read_state(path).get(FINGERPRINT, _ABSENT)
-        if there != tokenizer_fingerprint:
-            differences[FINGERPRINT] = f"the tokenizer's fingerprint is {there} there, {tokenizer_fingerprint} here"
-    if differences:
-        remedy = "set them as there" if weights_only else "set them as there, or start a new run in another run.dir"
-        raise UserError(f"checkpoint {path} is of another run: {'; '.join(differences.values())}; {remedy}")
+        and not (there is None and here == ABSENT)
+        and not (weights_only and _may_start_with(key, there, here))
+    ]
 
 
-def _may_change(key: str, there: Any, here: Any) -> bool:
+def _is_nameable(key: str, there: Any, here: Any) -> bool:
+    """Tell whether naming a key allows the change: a selection bias can be led elsewhere, but not come or go."""
+    if key == _TARGET_LOAD:
+        return there is not None and here is not None
+    rule = rule_of(key)
+    return rule is not None and rule.kind == "named"
+
+
+def _may_start_with(key: str, there: Any, here: Any) -> bool:
     """Tell whether a new run may start from weights that were trained with another value.
 
     Another target load may, or a first one; but weights trained under a selection bias are not to lose it.
     """
-    if key == "moe.router.target_load":
-        return there in _OFF or here is not None
-    return _governing(key).resume_only
+    if key == _TARGET_LOAD:
+        return there is None or here is not None
+    rule = rule_of(key)
+    return rule is not None and rule.resume_only
 
 
-def _governing(key: str) -> Fixed:
-    """The first entry of the table that names a key or its section."""
-    return next(fixed for fixed in FIXED if key == fixed.key or key.startswith(f"{fixed.key}."))
+def _differing_samples(saved: dict[str, Any], samples: dict[str, Any]) -> list[Difference]:
+    """Compare content and shares of the training sets; where they are does not matter."""
+
+    def content(identity: dict[str, Any]) -> list[tuple[Any, Any]]:
+        return [(part["fingerprint"], part["weight"]) for part in identity.get("datasets", [])]
+
+    def described(identity: dict[str, Any]) -> str:
+        parts = identity.get("datasets", [])
+        named = [f"{Path(part['prefix']).name} {part['fingerprint'][:12]} x {part['weight']}" for part in parts]
+        return f"[{', '.join(named)}]"
+
+    if content(saved) == content(samples):
+        return []
+    return [Difference("data.train", described(saved), described(samples), True)]
 
 
-def _compare(key: str, saved: dict[str, Any], config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield ``(key, value there, value here)`` of a key or of every key below it."""
-    there, here = _look_up(saved, key), _look_up(config, key)
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in {**there, **here}:
-            yield from _compare(f"{key}.{name}", saved, config)
+def _refusal(path: Path, refused: list[Difference], weights_only: bool) -> str:
+    listed = "; ".join(str(difference) for difference in refused)
+    nameable = [difference.key for difference in refused if difference.is_nameable]
+    if weights_only:
+        return f"checkpoint {path} is of another run: {listed}; set them as there"
+    if len(nameable) < len(refused):
+        allow = f"; of these {ALLOW} can allow {', '.join(nameable)}" if nameable else ""
+        remedy = f"set them as there, or start a new run in another run.dir{allow}"
+        return f"checkpoint {path} is of another run: {listed}; {remedy}"
+    return (
+        f"checkpoint {path} was trained otherwise: {listed}; set them as there, or change them knowingly with "
+        f"{ALLOW}=[{', '.join(nameable)}]"
+    )
+
+
+def notes_on_cut(path: Path, config: dict[str, Any], resolved: Resolved) -> list[str]:
+    """Say where the way that this run is cut changes its numbers; :func:`check_compatible` has accepted the rest.
+
+    Args:
+        path: the checkpoint directory.
+        config: this run's resolved tree.
+        resolved: its arithmetic.
+
+    Returns:
+        One line for each part of the training that is computed over other sets of tokens than in the checkpoint's run.
+    """
+    saved, layout = read_config(path), {"tensor": 1, "context": 1, "data": 1, **read_manifest(path)["layout"]}
+    before, now, here = _saved_micro_batch(saved, layout), resolved.micro_batch_size, resolved.layout
+    router = config["moe"]["router"]
+    scope, factor, notes = router["balance"]["scope"], router["capacity_factor"], []
+    if scope == "global_batch":
+        counted = before * layout["data"], now * here.data
     else:
-        yield key, there, here
+        counted = before, now
+    if router["balance"]["type"] != "none" and counted[0] != counted[1]:
+        notes.append(
+            f"the balance loss (moe.router.balance.scope={scope}) counts loads over {counted[1]} samples at a time "
+            f"here, {counted[0]} in the checkpoint's run: its value changes a little"
+        )
+    ranks = layout["tensor"] * layout["context"], here.tensor * here.context
+    if factor is not None and before * ranks[1] != now * ranks[0]:
+        notes.append(
+            f"moe.router.capacity_factor={factor:g} limits the tokens of {now} samples on {ranks[1]} ranks here, of "
+            f"{before} on {ranks[0]} in the checkpoint's run: other tokens are dropped"
+        )
+    return notes
 
 
-def _look_up(tree: dict[str, Any], key: str) -> Any:
-    value: Any = tree
-    for name in key.split("."):
-        if not isinstance(value, dict) or name not in value:
-            return _ABSENT
-        value = value[name]
-    return value
+def _saved_micro_batch(saved: dict[str, Any], layout: dict[str, Any]) -> int:
+    train = saved["train"]
+    if train["micro_batch_size"] != "auto":
+        return int(train["micro_batch_size"])
+    sequence = saved["model"]["sequence_length"] // layout["context"]
+    return automatic_micro_batch(train["global_batch_size"] // layout["data"], sequence)

@@ -33,4 +33,9 @@ class CheckpointConfig:
         "none: start new, refused where the run directory has checkpoints; auto: continue from the last complete "
         "checkpoint, start new where there is none; or a checkpoint directory.",
     )
+    allow_changes: list[str] = key(
+        [],
+        "Keys or sections, such as [optimizer.learning_rate, schedule], in which a resumed run may differ from its "
+        "checkpoint although its numbers change with them; any other difference in such keys is refused.",
+    )
     load_weights: str | None = key(None, "Checkpoint whose weights (only) a new run starts from.")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from adamoe_dist.config.continuity import check_allowed_changes
 from adamoe_dist.config.layout import Layout, find_layout
 from adamoe_dist.config.load import refuse
 from adamoe_dist.config.tree import Config
@@ -231,17 +232,23 @@ def _data_entry_problem(entry: dict[str, Any]) -> str | None:
 
 
 def _check_training(config: Config, problems: list[str]) -> None:
-    total = config.total_steps
-    if total < config.train.steps:
-        problems.append(
-            f"schedule.total_steps={total} is less than train.steps={config.train.steps}; raise it or lower train.steps"
-        )
+    if config.checkpoint.resume == "none" and (problem := schedule_problem(config)):
+        problems.append(problem)
     _check_optimizer(config, problems)
     if config.checkpoint.load_weights and config.checkpoint.resume != "none":
         problems.append(
             f"checkpoint.load_weights={config.checkpoint.load_weights} starts a new run but checkpoint.resume="
             f"{config.checkpoint.resume} continues one; set one of them"
         )
+    check_allowed_changes(config, problems)
+
+
+def schedule_problem(config: Config) -> str | None:
+    """Say why a new run cannot have its schedule; one that is continued may go on after its end, at the floor."""
+    total, steps = config.total_steps, config.train.steps
+    if total >= steps:
+        return None
+    return f"schedule.total_steps={total} is less than train.steps={steps}; raise it or lower train.steps"
 
 
 def _check_optimizer(config: Config, problems: list[str]) -> None:
@@ -279,11 +286,21 @@ def _check_batch(config: Config, layout: Layout, problems: list[str]) -> int:
         )
         return 1
     if train.micro_batch_size == "auto":
-        fitting = [size for size in range(1, share + 1) if share % size == 0 and size * sequence <= MICRO_BATCH_TOKENS]
-        return max(fitting, default=1)
+        return automatic_micro_batch(share, sequence)
     if share % train.micro_batch_size:
         problems.append(
             f"train.micro_batch_size={train.micro_batch_size} x {data_parallel} data-parallel ranks does not divide "
             f"train.global_batch_size={train.global_batch_size}; use a divisor of {share}"
         )
     return train.micro_batch_size
+
+
+def automatic_micro_batch(share: int, sequence: int) -> int:
+    """Return the micro-batch size that ``auto`` means.
+
+    Args:
+        share: samples of a data-parallel rank in a step.
+        sequence: tokens of a sample on a rank.
+    """
+    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * sequence <= MICRO_BATCH_TOKENS]
+    return max(fitting, default=1)

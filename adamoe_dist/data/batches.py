@@ -29,8 +29,12 @@ class BatchStream:
         data_parallel_rank: int,
         data_parallel_size: int,
         consumed_samples: int = 0,
+        may_be_other_samples: bool = False,
     ) -> None:
-        """Start after ``consumed_samples`` samples; sizes are in samples and G must divide evenly."""
+        """Start after ``consumed_samples`` samples; sizes are in samples and G must divide evenly.
+
+        With ``may_be_other_samples`` :meth:`load_state_dict` accepts the position in another blend.
+        """
         assert global_batch_size % (micro_batch_size * data_parallel_size) == 0
         assert 0 <= data_parallel_rank < data_parallel_size
         self._samples = samples
@@ -39,6 +43,7 @@ class BatchStream:
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
         self.consumed_samples = consumed_samples
+        self._may_be_other_samples = may_be_other_samples
 
     @property
     def accumulation_steps(self) -> int:
@@ -66,17 +71,22 @@ class BatchStream:
         Raises:
             UserError: the samples are not those of the other stream.
         """
-        _refuse_other_samples(state, self._samples.identity())
+        _refuse_other_order(state, self._samples.identity())
+        if not self._may_be_other_samples:
+            _refuse_other_datasets(state, self._samples.identity())
         self.consumed_samples = int(state["consumed_samples"])
 
 
-def _refuse_other_samples(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def _refuse_other_order(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for key, name in (("seed", "run.seed"), ("sequence_length", "model.sequence_length")):
         if saved[key] != current[key]:
             raise UserError(
                 f"{name} {current[key]} is not the checkpoint's {saved[key]}, so the data would be others; "
                 f"set it back, {_AFRESH}"
             )
+
+
+def _refuse_other_datasets(saved: dict[str, Any], current: dict[str, Any]) -> None:
     before, now = saved["datasets"], current["datasets"]
     if len(before) != len(now):
         raise UserError(

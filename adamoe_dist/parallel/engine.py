@@ -19,6 +19,9 @@ from adamoe_dist.parallel.stage3 import forget_model
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.wiring import WiringError, checksum_experts, verify_marks, verify_wiring
 
+DYNAMIC_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler changes from step to step."""
+
 
 class MegatronExpertEngine(DeepSpeedEngine):
     """A DeepSpeed engine that knows that its module has experts, though none is DeepSpeed's own MoE layer.
@@ -201,6 +204,25 @@ class TrainingEngine:
     def skipped_steps(self) -> int:
         """Steps that were skipped because the fp16 gradient overflowed."""
         return int(self.deepspeed.skipped_steps) if self.is_scaled else 0
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        """Return where the dynamic loss scale of fp16 is, plain numbers, the same on every rank; else None."""
+        if not self.is_scaled:
+            return None
+        scaler = self.deepspeed.optimizer.loss_scaler
+        return {**{name: getattr(scaler, name) for name in DYNAMIC_SCALE}, "skipped_steps": self.skipped_steps}
+
+    def load_loss_scale_state(self, state: dict[str, float] | None) -> None:
+        """Go on where :meth:`loss_scale_state` was.
+
+        After another precision fp16 starts with its first scale, and no other precision has a scale.
+        """
+        if not self.is_scaled or state is None:
+            return
+        scaler = self.deepspeed.optimizer.loss_scaler
+        for name in DYNAMIC_SCALE:
+            setattr(scaler, name, state[name])
+        self.deepspeed.skipped_steps = int(state["skipped_steps"])
 
     @property
     def is_skipped(self) -> bool:

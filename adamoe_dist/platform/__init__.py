@@ -14,13 +14,12 @@ from adamoe_dist.platform.device import (
     limit_threads,
     peak_memory_gib,
     prepare,
-    random_states,
-    restore_random_states,
     seed_everything,
     select_device,
     synchronize,
 )
 from adamoe_dist.platform.extensions import building_alone
+from adamoe_dist.platform.random_states import random_states, restore_random_states
 
 __all__ = [
     "building_alone",

@@ -88,22 +88,6 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     choose_kernels(deterministic)
 
 
-def random_states() -> dict[str, torch.Tensor]:
-    """Return the states of torch's generators by kind of device: vectors of uint8 in CPU memory."""
-    states = {"cpu": torch.get_rng_state()}
-    if is_cuda():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Set the generators that :func:`random_states` gave the states of; others are left as they are."""
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 def synchronize() -> None:
     """Wait for the device's queued work."""
     if is_cuda():

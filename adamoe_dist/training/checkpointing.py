@@ -49,6 +49,7 @@ class CheckpointWriter(Callback):
                 "step": trainer.step,
                 "tokens_seen": trainer.tokens_seen,
                 "data": trainer.batches.state_dict(),
+                "loss_scale": trainer.engine.loss_scale_state(),
                 "tokenizer_fingerprint": self._tokenizer_fingerprint,
             },
             config=trainer.config.to_dict(),
@@ -92,6 +93,7 @@ def restore(trainer: Trainer, source: Path | None) -> None:
             logger.info("it was trained without moe.router.target_load: the selection bias of every layer starts at 0")
         return
     state = load_checkpoint(source, trainer.engine)
+    trainer.engine.load_loss_scale_state(state.get("loss_scale"))
     trainer.step = int(state["step"])
     trainer.tokens_seen = int(state["tokens_seen"])
     trainer.batches.load_state_dict(state["data"])

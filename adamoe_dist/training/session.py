@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import check_compatible, find_checkpoint, remove_leftovers
-from adamoe_dist.config import Config, Resolved
+from adamoe_dist.checkpoint import check_compatible, find_checkpoint, notes_on_cut, remove_leftovers
+from adamoe_dist.config import Config, Resolved, is_allowed, schedule_problem
 from adamoe_dist.data import BatchStream
 from adamoe_dist.dispatch import check_flex
+from adamoe_dist.errors import UserError
 from adamoe_dist.model import BuiltModel, build_model
 from adamoe_dist.parallel import (
     Launch,
@@ -53,7 +54,7 @@ def train(config: Config, resolved: Resolved) -> int:
     code = 0
     try:
         with watch_ranks(launch):
-            source = _check_before_groups(config, launch) if launch.rank == 0 else None
+            source = _check_before_groups(config, resolved, launch) if launch.rank == 0 else None
             platform.limit_threads()
             expert_nodes = initialize_groups(launch, resolved)
             with sigterm_as_exit():
@@ -63,7 +64,7 @@ def train(config: Config, resolved: Resolved) -> int:
     return code
 
 
-def _check_before_groups(config: Config, launch: Launch) -> Path | None:
+def _check_before_groups(config: Config, resolved: Resolved, launch: Launch) -> Path | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
     check_run_directory(config)
     platform.compute_precision(config.train.precision)
@@ -72,14 +73,25 @@ def _check_before_groups(config: Config, launch: Launch) -> Path | None:
         check_flex(config.moe.dispatcher.flex_backend)
     source = _start_checkpoint(config)
     prepare_missing(config)
-    corpora = open_corpora(config)
-    if source is not None:
-        weights_only = config.checkpoint.load_weights is not None
-        check_compatible(source, config.to_dict(), corpora.tokenizer.fingerprint, weights_only)
+    notes = _check_start(config, resolved, source, open_corpora(config))
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     _log_to_file(config.run_dir / "log.txt")
+    for note in notes:
+        logger.info("%s", note)
     return source
+
+
+def _check_start(config: Config, resolved: Resolved, source: Path | None, corpora: Corpora) -> list[str]:
+    """Refuse a checkpoint that the run cannot start from; return what changes with it."""
+    if source is None:
+        if problem := schedule_problem(config):
+            raise UserError(problem)
+        return []
+    tree, weights_only = config.to_dict(), config.checkpoint.load_weights is not None
+    identity = corpora.train.identity()
+    notes = check_compatible(source, tree, corpora.tokenizer.fingerprint, weights_only, identity)
+    return notes if weights_only else notes + notes_on_cut(source, tree, resolved)
 
 
 def _start_checkpoint(config: Config) -> Path | None:
@@ -119,6 +131,7 @@ def _train_in_groups(
         resolved.micro_batch_size,
         data_parallel_rank(),
         resolved.data_parallel,
+        may_be_other_samples=is_allowed("data.train", config.checkpoint.allow_changes),
     )
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks)

@@ -244,6 +244,12 @@ def test_resumed_on_other_data(prepared: Path, train: TokenDataset, validation: 
     same = BatchStream(BlendedSamples([train, validation], [4, 2], seed=1), 4, 4, 0, 1)
     same.load_state_dict(state | {"consumed_samples": 8})
     assert same.consumed_samples == 8
+    other = BatchStream(BlendedSamples([train], [1], seed=1), 4, 4, 0, 1, may_be_other_samples=True)
+    other.load_state_dict(state | {"consumed_samples": 8})
+    assert torch.equal(other.next_step()[0][0], torch.tensor(train[8]))
+    reordered = BatchStream(BlendedSamples([train], [1], seed=2), 4, 4, 0, 1, may_be_other_samples=True)
+    with pytest.raises(UserError, match=r"run\.seed 2 is not the checkpoint's 1"):
+        reordered.load_state_dict(state)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

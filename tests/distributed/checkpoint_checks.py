@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.distributed.cases import BASE, DTYPES, VOCAB, Outcome, biases_of, gathered, merged, tokens_of
@@ -54,15 +55,19 @@ class Run:
         self.controller = load_controller(self.config, model)
         self.layout = {"world_size": self.launch.world_size, "expert": layout.expert_parallel, "zero": layout.stage}
 
-    def advance(self, steps: range) -> Outcome:
+    def advance(self, steps: range, batches: Callable[[int], list[torch.Tensor]] | None = None) -> Outcome:
         import torch.distributed as dist
 
         from adamoe_dist.parallel import data_parallel_rank
 
         outcome = Outcome()
         for step in steps:
-            batch = tokens_of(step, self.config.train.global_batch_size, self.config.model.sequence_length)
-            micro = batch.split(self.resolved.micro_batch_size)[data_parallel_rank() :: self.resolved.data_parallel]
+            if batches is not None:
+                micro = batches(step)
+            else:
+                batch = tokens_of(step, self.config.train.global_batch_size, self.config.model.sequence_length)
+                parts = batch.split(self.resolved.micro_batch_size)
+                micro = list(parts[data_parallel_rank() :: self.resolved.data_parallel])
             for layer in self.engine.model.moe_layers:
                 layer.counters.reset()
             total = self.schedule.run(micro)
@@ -78,10 +83,10 @@ class Run:
         outcome.biases = biases_of(model)
         return outcome
 
-    def save(self, root: Path, step: int, keep_last: int | None = None) -> Path:
+    def save(self, root: Path, step: int, keep_last: int | None = None, **more: Any) -> Path:
         from adamoe_dist.checkpoint import Retention, save_checkpoint
 
-        state = {"step": step, "tokens_seen": 8 * 32 * step, "tokenizer_fingerprint": "abc"}
+        state = {"step": step, "tokens_seen": 8 * 32 * step, "tokenizer_fingerprint": "abc", **more}
         return save_checkpoint(root, step, self.engine, state, self.config.to_dict(), self.layout, Retention(keep_last))
 
 
@@ -186,6 +191,106 @@ def logits_of_loaded_weights(layout: Layout, path: Path) -> tuple[torch.Tensor, 
         moments = [float(zero.moment(name, "exp_avg").abs().max()) for name in zero.parameters]
         with torch.no_grad():
             return run.engine.model.logits(tokens_of(50, 2, 16)), zero.step, moments
+
+
+class Numbered:
+    """Samples of which each is told by its tokens: sample i is the same on every rank and in every layout."""
+
+    sequence_length = BASE["model"]["sequence_length"]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        sample = tokens_of(10_000 + index, 1, self.sequence_length)[0].numpy()
+        sample[0], sample[1] = index // VOCAB, index % VOCAB
+        return sample
+
+    def identity(self) -> dict[str, Any]:
+        part = {"prefix": "numbered", "fingerprint": "0" * 64, "seed": 1, "weight": "1"}
+        return {"seed": 1, "sequence_length": self.sequence_length, "datasets": [part]}
+
+
+def train_on_stream(
+    layout: Layout, root: Path, steps: range, source: Path | None = None, save_after: int | None = None
+) -> tuple[list[list[int]], Outcome]:
+    """Train on the samples that the training loop would use; the numbers of this rank's by step, and the outcome."""
+    from adamoe_dist.checkpoint import load_checkpoint
+    from adamoe_dist.data import BatchStream
+    from adamoe_dist.parallel import data_parallel_rank
+
+    with started(layout, seed=7 if source is None else 99) as run:
+        resolved, train = run.resolved, run.config.train
+        stream = BatchStream(
+            Numbered(), train.global_batch_size, resolved.micro_batch_size, data_parallel_rank(), resolved.data_parallel
+        )
+        if source is not None:
+            stream.load_state_dict(load_checkpoint(source, run.engine)["data"])
+        seen: list[list[int]] = []
+
+        def next_batch(_: int) -> list[torch.Tensor]:
+            micro = stream.next_step()
+            assert all(len(tokens) == resolved.micro_batch_size for tokens in micro)
+            seen.append([int(row[0]) * VOCAB + int(row[1]) for tokens in micro for row in tokens])
+            return micro
+
+        outcome = Outcome()
+        for step in steps:
+            part = run.advance(range(step, step + 1), next_batch)
+            outcome.losses += part.losses
+            outcome.norms += part.norms
+            outcome.weights, outcome.biases = part.weights, part.biases
+            if step + 1 == save_after:
+                run.save(root, step + 1, data=stream.state_dict())
+        return seen, outcome
+
+
+def tensors_of(layout: Layout, path: Path) -> dict[str, torch.Tensor]:
+    """The weights and second moments of a checkpoint by their names in it, through an engine of one process."""
+    from adamoe_dist.checkpoint import load_checkpoint
+    from adamoe_dist.checkpoint.zero import ZeroState
+
+    with started(layout, seed=99) as run:
+        load_checkpoint(path, run.engine)
+        zero = ZeroState(run.engine)
+        weights = {f"model.{name}": zero.weight(name).detach().clone() for name in zero.parts}
+        return weights | {
+            f"optimizer.exp_avg_sq.{name}": zero.moment(name, "exp_avg_sq").clone() for name in zero.parts
+        }
+
+
+def read_by_megatron(path: Path, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of a checkpoint, whole and this rank's half of its rows, by Megatron-core's own public loader."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    with started(Layout()):
+        (size, *inner) = dist_checkpointing.load_tensors_metadata(str(path))[key].global_shape
+        whole = ShardedTensor.from_rank_offsets(key, torch.empty(size, *inner), replica_id=dist.get_rank())
+        half = ShardedTensor.from_rank_offsets(key, torch.empty(size // 2, *inner), (0, 1 - dist.get_rank(), 2))
+        read = [dist_checkpointing.load({"wanted": wanted}, str(path))["wanted"] for wanted in (whole, half)]
+        return read[0], read[1]
+
+
+def generators_go_on(layout: Layout, root: Path) -> tuple[list[float], list[float]]:
+    """Numbers that this rank's generators give after a save, and again after loading it."""
+    import random
+
+    from adamoe_dist.checkpoint import load_checkpoint
+
+    def draws() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))]
+
+    with started(layout) as run:
+        random.seed(run.launch.rank)
+        np.random.seed(run.launch.rank)
+        torch.manual_seed(run.launch.rank)
+        draws()
+        path = run.save(root, 1)
+        expected = draws()
+        random.seed(50)
+        np.random.seed(50)
+        torch.manual_seed(50)
+        load_checkpoint(path, run.engine)
+        return expected, draws()
 
 
 def refused_load(layout: Layout, path: Path, weights_only: bool = False) -> str:

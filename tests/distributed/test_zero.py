@@ -12,8 +12,11 @@ from tests.distributed.marks import quick
 from tests.distributed.matrix import apart, worst
 from tests.distributed.zero_checks import (
     held_in_step,
+    loss_scale_of_another_precision,
     overflow_in_fp16,
     passes,
+    resume_in_fp16,
+    save_in_fp16,
     staged,
     train_in_fp16,
     train_with_nodes_before_norms,
@@ -184,6 +187,25 @@ def test_overflow_on_one_rank_skips_the_step_on_all(ranks_of, stage):
     assert [skipped for skipped, *_ in first] == [False, True, False]
     assert [count for _, count, *_ in first] == [0, 1, 1]
     assert [change > 0 for *_, change in first] == [True, False, True]
+
+
+@pytest.mark.parametrize("stage", quick([0, 1, 2, 3], [0, 2]))
+def test_loss_scale_goes_on_from_a_checkpoint(ranks_of, tmp_path, stage):
+    """Lowered and raised again at the same steps, with the same weights.
+
+    DeepSpeed lowers the scale at the second overflow: one comes before the checkpoint and one after.
+    """
+    changes = merged(staged({}, stage), {"train": {"global_batch_size": 4}})
+    expected, weights = ranks_of(2).run(save_in_fp16, changes, tmp_path)[0]
+    found, again = ranks_of(2).run(resume_in_fp16, changes, tmp_path / "iter_0000002")[0]
+    assert found == expected
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    scales = [state["cur_scale"] for state in expected]
+    assert scales[0] == 2**15 and scales[-1] == 2**16 and expected[-1]["skipped_steps"] == 2
+
+
+def test_no_other_precision_has_a_loss_scale(ranks_of):
+    assert ranks_of(2).run(loss_scale_of_another_precision)[0] == (None, 1.0, 0)
 
 
 LARGER = {

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -99,6 +100,57 @@ def overflow_in_fp16(changes: dict[str, Any]) -> list[tuple[bool, int, float, fl
             before = after
             seen.append((engine.is_skipped, engine.skipped_steps, engine.loss_scale, change))
         return seen
+
+
+def save_in_fp16(changes: dict[str, Any], root: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Seven steps, a checkpoint after two; the loss scale's state after each later one, and the last weights."""
+    from adamoe_dist.checkpoint import save_checkpoint
+
+    with in_fp16(changes) as engine:
+        scales_of_steps(engine, range(2))
+        save_checkpoint(root, 2, engine, {"loss_scale": engine.loss_scale_state()}, {}, {})
+        states = scales_of_steps(engine, range(2, 7))
+        return states, gathered(engine.model, dict(engine.model.named_parameters()))
+
+
+def resume_in_fp16(changes: dict[str, Any], path: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The same later steps by an engine that has done another step before it loads the checkpoint."""
+    from adamoe_dist.checkpoint import load_checkpoint
+
+    with in_fp16(changes) as engine:
+        scales_of_steps(engine, range(10, 11))
+        engine.load_loss_scale_state(load_checkpoint(path, engine)["loss_scale"])
+        states = scales_of_steps(engine, range(2, 7))
+        return states, gathered(engine.model, dict(engine.model.named_parameters()))
+
+
+@contextlib.contextmanager
+def in_fp16(changes: dict[str, Any]) -> Iterator[Any]:
+    """An fp16 engine on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True), built(changes, "fp16") as engine:
+        yield engine
+
+
+def scales_of_steps(engine: Any, steps: range) -> list[Any]:
+    """Train; of the steps 1 and 2 the gradient overflows on rank 0. The state of the loss scale after each step."""
+    states = []
+    for step in steps:
+        engine.deepspeed.optimizer.loss_scaler.scale_window = 2  # so that the scale grows within the test, too
+        engine.start_step(1)
+        is_huge = step in (1, 2) and torch.distributed.get_rank() == 0
+        engine.backward(engine(tokens_of(step, 2, 32)).mean() * (1e8 if is_huge else 1.0))
+        engine.step()
+        states.append(engine.loss_scale_state())
+    return states
+
+
+def loss_scale_of_another_precision() -> Any:
+    """What an fp32 engine says, after it was given the state of fp16's."""
+    with built({}, "fp32") as engine:
+        engine.load_loss_scale_state({"cur_scale": 4.0, "cur_iter": 1, "last_overflow_iter": 0, "skipped_steps": 1})
+        return engine.loss_scale_state(), engine.loss_scale, engine.skipped_steps
 
 
 def held_in_step(changes: dict[str, Any], precision: str) -> tuple[int, Any, Any]:

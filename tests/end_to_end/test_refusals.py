@@ -97,6 +97,23 @@ def test_run_directory_with_checkpoints_and_checkpoint_of_another_model(workspac
     other = refused("run.dir=runs/first", "checkpoint.resume=auto", "moe.num_experts=4", "model.hidden_size=64")
     assert "moe.num_experts" in other and "model.hidden_size" in other
     assert "run.seed" in refused("run.dir=runs/first", "checkpoint.resume=auto", "run.seed=5")
+    again = ["run.dir=runs/first", "checkpoint.resume=auto"]
+    assert "schedule.total_steps (where null, train.steps; " in refused(*again, "train.steps=2")
+    blend = "data.train=[{path: corpus_train}, {path: corpus_validation}]"
+    steady = refused(*again, "train.steps=2", "schedule.total_steps=1", "optimizer.learning_rate=0.1", blend)
+    assert "optimizer.learning_rate is 0.003 there, 0.1 here; data.train is [corpus_train " in steady
+    assert steady.endswith("checkpoint.allow_changes=[optimizer.learning_rate, data.train]")
+    assert "model.hidden_size, which a continued run" in refused(*again, "checkpoint.allow_changes=[model.hidden_size]")
+    assert "schedule.total_steps=1 is less than train.steps=2" in refused(
+        "run.dir=runs/none_there", "checkpoint.resume=auto", "train.steps=2", "schedule.total_steps=1"
+    )
+    named = ["train.steps=2", "optimizer.learning_rate=0.1", blend, "train.validation_samples=4"]
+    allow = "checkpoint.allow_changes=[optimizer.learning_rate, schedule.total_steps, data.train]"
+    done = run_command(one_process("--config", "small.yaml", *again, *named, allow), workspace)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint.allow_changes: optimizer.learning_rate 0.003 -> 0.1\n" in done.stdout
+    assert "checkpoint.allow_changes: schedule.total_steps 1 -> 2\n" in done.stdout
+    assert "checkpoint.allow_changes: data.train [corpus_train " in done.stdout and "step 2/2" in done.stdout
     broken = workspace / "runs" / "broken_copy"
     shutil.copytree(workspace / "runs" / "first", broken)
     (broken / "checkpoints" / "iter_0000001" / "manifest.json").unlink()
