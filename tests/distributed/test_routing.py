@@ -146,6 +146,9 @@ class Samples:
     def next_step(self) -> list[torch.Tensor]:
         return [torch.zeros(1, 33, dtype=torch.long) for _ in range(4)]
 
+    def describe(self, first_sample: int) -> str:
+        return f"samples {first_sample} to {first_sample + 7} of the data order"
+
 
 def poisoned_run(layers: list[int]) -> str:
     """Train one step in which rank 1 alone has NaN in some layers' routers; return what stops it."""
