@@ -14,7 +14,7 @@ from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
 from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
-from adamoe_dist.parallel.health import discarding
+from adamoe_dist.parallel.health import discarding, forget_gradients
 from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
 from adamoe_dist.parallel.stage3 import forget_model
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
@@ -220,6 +220,7 @@ class TrainingEngine:
             self.deepspeed.skipped_steps -= 1
         else:
             self.deepspeed.step()
+        forget_gradients(self.deepspeed.optimizer)
         if self._tied is not None:
             self._tied.finish_step()
 

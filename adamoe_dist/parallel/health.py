@@ -50,6 +50,17 @@ def _nonfinite_norm(optimizer: Any, device: torch.device) -> tuple[str, Callable
     return "scaled_global_norm", lambda: nan
 
 
+def forget_gradients(optimizer: Any) -> None:
+    """Drop what a step that updated nothing left behind, after every step.
+
+    Stages 1 and 2 with an offloaded optimizer in 16 bits sum fp32 gradients in a buffer that DeepSpeed drops after an
+    update only: without this, one NaN would stay in the sums of all later steps.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.overflow:
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+
 @torch.no_grad()
 def has_finite_weights(engine: "TrainingEngine") -> bool:
     """Return whether all master weights and saved buffers of all ranks are finite. Collective over all ranks."""

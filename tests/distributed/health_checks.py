@@ -31,8 +31,8 @@ class Batches:
         return f"the samples from {first_sample}"
 
 
-def spoil(trainer: Any, kind: str, bad_steps: range) -> None:
-    """Spoil steps on the last rank alone, or, with ``kind`` left_out, have them not take place at all."""
+def spoil(trainer: Any, kind: str, bad_steps: range) -> list[Any]:
+    """Spoil steps on the last rank, or, with ``kind`` left_out, have none of them; return hooks to remove."""
     from adamoe_dist.training.callback import StepResult
 
     if kind == "left_out":
@@ -46,13 +46,17 @@ def spoil(trainer: Any, kind: str, bad_steps: range) -> None:
             return StepResult(trainer.step, math.nan, math.nan, 0.0, 0.0, 0)
 
         trainer._train_step = without
-    elif trainer.rank == torch.distributed.get_world_size() - 1:
+        return []
+    hooks: list[Any] = []
+    if trainer.rank == torch.distributed.get_world_size() - 1:
         if kind == "gradient":
             weight = [p for name, p in trainer.model.named_parameters() if "layers" in name][-1]
-            weight.register_hook(lambda g: g * math.nan if trainer.step in bad_steps else g)
+            hooks.append(weight.register_hook(lambda g: g * math.nan if trainer.step in bad_steps else g))
         else:
             change = {"nan_loss": lambda o: o * math.nan, "inf_loss": lambda o: o + math.inf}[kind]
-            trainer.model.register_forward_hook(lambda _, __, o: change(o) if trainer.step in bad_steps else o)
+            hook = lambda _, __, o: change(o) if trainer.step in bad_steps else o  # noqa: E731
+            hooks.append(trainer.model.register_forward_hook(hook))
+    return hooks
 
 
 def run_spoiled(changes: dict[str, Any], precision: str, kind: str, bad_steps: range) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def run_spoiled(changes: dict[str, Any], precision: str, kind: str, bad_steps: r
         engine = TrainingEngine(model, config, resolved, dtype, config.moe.num_experts)
         batches: Any = Batches(config, resolved)
         trainer = Trainer(config, resolved, engine, model, batches, launch.rank, device, dtype, [Losses()])
-        spoil(trainer, kind, bad_steps)
+        hooks = spoil(trainer, kind, bad_steps)
         stop = ""
         try:
             trainer.run()
@@ -100,6 +104,8 @@ def run_spoiled(changes: dict[str, Any], precision: str, kind: str, bad_steps: r
         outcome = {"stop": stop, "digests": digests, "updates": zero.step, "finite": finite, "losses": losses}
         outcome |= {"events": dict(trainer.events), "step": trainer.step, "consumed": batches.consumed_samples}
         outcome |= {"scale": engine.loss_scale, "skipped": engine.skipped_steps}
+        for hook in hooks:
+            hook.remove()
         engine.close()
         return outcome
     finally:
