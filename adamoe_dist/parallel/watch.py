@@ -108,6 +108,7 @@ class _Watch:
         self._hang_timeout_s = hang_timeout_s
         self._verdict: Departure | None = None
         self._decided = threading.Event()
+        self._deciding = threading.Lock()
         self._place = Departure(launch.rank, launch.local_rank, launch.node, socket.gethostname(), pid=os.getpid())
         self._store = _open_store(launch)  # kept: rank 0's process serves it
         self.link: Server | Client = self._serve() if launch.rank == 0 else self._connect()
@@ -170,7 +171,10 @@ class _Watch:
 
     def _on_verdict(self, departure: Departure) -> None:
         """Show the cause and see that this process ends; in the link's thread, whatever the main thread waits for."""
-        self._verdict = departure
+        with self._deciding:
+            if self._verdict is not None:  # rank 0 hung, and goes on
+                return
+            self._verdict = departure
         if self._speaks_of(departure):
             fail(_line(departure))
         logger.debug("error: %s\n%s", _line(departure), departure.details)
