@@ -21,27 +21,36 @@ CASES = [(stage, precision, "") for stage in range(4) for precision in ("fp32", 
 CASES += [(stage, precision, "offload") for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 CASES += [(stage, precision, "pipeline") for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
 CASES += [(stage, "fp32", "unclipped") for stage in range(4)]
-CHOSEN = [(0, "fp32", ""), (1, "bf16", ""), (2, "bf16", "offload"), (3, "fp32", ""), (2, "fp32", "pipeline")]
+CASES = [(*case, kind) for case in CASES for kind in KINDS]
+CHOSEN = [
+    (0, "fp32", "", "gradient"),
+    (0, "bf16", "", "inf_loss"),
+    (1, "bf16", "", "inf_loss"),
+    (2, "bf16", "offload", "gradient"),
+    (2, "fp32", "pipeline", "nan_loss"),
+    (3, "fp32", "", "inf_loss"),
+]
 ONE_STEP = range(BAD_STEP, BAD_STEP + 1)
+_LEFT_OUT: dict[Any, list[dict[str, Any]]] = {}
 
 
-@pytest.mark.parametrize(("stage", "precision", "setting"), quick(CASES, CHOSEN))
-def test_a_bad_step_on_one_rank_leaves_no_trace_on_any(ranks_of, stage, precision, setting):
+@pytest.mark.parametrize(("stage", "precision", "setting", "kind"), quick(CASES, CHOSEN))
+def test_a_bad_step_on_one_rank_leaves_no_trace_on_any(ranks_of, stage, precision, setting, kind):
     """The reference never sees the batch; its step counter goes on. All bits, five steps, on both ranks."""
     changes = merged(merged(staged({}, stage), HELD_LOAD), SETTINGS[setting])
-    expected = ranks_of(2).run(run_spoiled, changes, precision, "left_out", ONE_STEP)
-    assert expected[0]["updates"] == 4
-    for kind in KINDS:
-        for mine, reference in zip(
-            ranks_of(2).run(run_spoiled, changes, precision, kind, ONE_STEP), expected, strict=True
-        ):
-            assert mine["stop"] == "" and mine["finite"], kind
-            assert mine["events"] == {"bad_steps": 1}
-            for name, digest in reference["digests"].items():
-                assert mine["digests"][name] == digest, (kind, name)
-            others = [number for number in range(5) if number != BAD_STEP]
-            assert [mine["losses"][n] for n in others] == [reference["losses"][n] for n in others], kind
-            assert [mine[name] for name in ("updates", "step", "consumed")] == [4, 5, 40]
+    key = (stage, precision, setting)
+    if key not in _LEFT_OUT:
+        _LEFT_OUT[key] = ranks_of(2).run(run_spoiled, changes, precision, "left_out", ONE_STEP)
+    outcome = ranks_of(2).run(run_spoiled, changes, precision, kind, ONE_STEP)
+    for mine, reference in zip(outcome, _LEFT_OUT[key], strict=True):
+        assert mine["stop"] == "" and mine["finite"]
+        assert mine["events"] == {"bad_steps": 1}
+        for name, digest in reference["digests"].items():
+            assert mine["digests"][name] == digest, name
+        others = [number for number in range(5) if number != BAD_STEP]
+        assert [mine["losses"][n] for n in others] == [reference["losses"][n] for n in others]
+        assert [mine[name] for name in ("updates", "step", "consumed")] == [4, 5, 40]
+        assert reference["updates"] == 4
 
 
 def test_the_very_first_step_may_be_bad(ranks_of):
@@ -51,7 +60,7 @@ def test_the_very_first_step_may_be_bad(ranks_of):
     assert [o["digests"] for o in outcome] == [e["digests"] for e in expected]
 
 
-@pytest.mark.parametrize("stage", quick([0, 1, 2, 3], [0, 2]))
+@pytest.mark.parametrize("stage", quick([0, 1, 2, 3], [2]))
 def test_a_bad_loss_leaves_the_loss_scale_of_fp16(ranks_of, stage):
     changes = staged({}, stage)
     expected = ranks_of(2).run(run_spoiled_in_fp16, changes, "fp16", "left_out", ONE_STEP)

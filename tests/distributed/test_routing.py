@@ -159,7 +159,7 @@ def poisoned_run(layers: list[int]) -> str:
     from adamoe_dist.training.loop import Trainer
 
     launch = Launch.from_environment()
-    config, resolved = config_of(with_micro_batch({}, 1), launch.world_size)
+    config, resolved = config_of(with_micro_batch({"train": {"max_bad_steps": 1}}, 1), launch.world_size)
     initialize_groups(launch, resolved)
     try:
         platform.seed_everything(1, deterministic=False)
