@@ -19,3 +19,14 @@ class NumericalError(ArithmeticError):
 
     The message names the step and the batch.
     """
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that an exception ends."""
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR
+    if isinstance(error, NumericalError):
+        return EXIT_NUMERICAL_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_TERMINATED if isinstance(error, SystemExit) else EXIT_BUG

@@ -93,6 +93,7 @@ RULES = (
     _free("data.validation", "a metric's"),
     _free("data.tokenizer", "its content is compared, wherever it is"),
     _free("data.prepare", "the content of what it makes is compared"),
+    _free("train.max_bad_steps", "when the run gives up"),
     _free("train.steps", "where the run stops; what follows from it is schedule.total_steps"),
     _free("train.micro_batch_size", "how the batch is cut"),
     _free("train.precision", "masters and moments are fp32"),

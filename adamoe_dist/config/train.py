@@ -30,6 +30,12 @@ class TrainConfig:
         "and its all-to-all included.",
     )
     gradient_clipping: float = key(1.0, "Largest global gradient norm (0: no clipping).", at_least=0)
+    max_bad_steps: int = key(
+        3,
+        "Steps in a row with a NaN or infinite loss or gradient after which the run stops with exit code 3; each is "
+        "skipped and its batch left out. 1: stop at the first.",
+        at_least=1,
+    )
     validation_interval: int | None = key(
         None, "Validate every so many steps and at the end; null: only at the start and the end.", at_least=1
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adamoe_dist.data.blend import Samples
+from adamoe_dist.data.blend import BlendedSamples, Samples
 from adamoe_dist.data.indexed import TokenDataset
 from adamoe_dist.errors import UserError
 
@@ -60,6 +60,19 @@ class BatchStream:
             batches.append(torch.from_numpy(np.stack(rows)))
         self.consumed_samples += self._global_batch_size
         return batches
+
+    def describe(self, first_sample: int) -> str:
+        """Name the batch of the step that begins at ``first_sample``: its samples, and which of each dataset's own."""
+        last = first_sample + self._global_batch_size - 1
+        words = f"samples {first_sample} to {last} of the data order"
+        if not isinstance(self._samples, BlendedSamples):
+            return words
+        own: dict[int, list[int]] = {}
+        for sample in range(first_sample, last + 1):
+            dataset, index = self._samples.locate(sample)
+            own.setdefault(dataset, []).append(index)
+        parts = (f"{self._samples.datasets[d].prefix} {min(own[d])} to {max(own[d])}" for d in sorted(own))
+        return f"{words} ({', '.join(parts)})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it is a position in; plain values, the same on every rank."""

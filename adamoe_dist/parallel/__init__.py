@@ -13,6 +13,7 @@ from adamoe_dist.parallel.groups import (
     replicas_group,
     stage_group,
 )
+from adamoe_dist.parallel.health import has_finite_weights
 from adamoe_dist.parallel.live import LiveBytes, live_bytes
 from adamoe_dist.parallel.optimizer import (
     apex_problem,
@@ -23,6 +24,7 @@ from adamoe_dist.parallel.optimizer import (
     parameter_groups,
 )
 from adamoe_dist.parallel.pipeline import Schedule
+from adamoe_dist.parallel.progress import TRAINING, Progress
 from adamoe_dist.parallel.stage3 import update_weights_of_stage_3
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
 from adamoe_dist.parallel.watch import sigterm_as_exit, watch_ranks
@@ -30,8 +32,10 @@ from adamoe_dist.parallel.wiring import WiringError, checksum_experts, experts_o
 
 __all__ = [
     "COLLECTIVE_TIMEOUT",
+    "TRAINING",
     "Launch",
     "LiveBytes",
+    "Progress",
     "Schedule",
     "TrainingEngine",
     "UnshardedOptimizer",
@@ -48,6 +52,7 @@ __all__ = [
     "destroy_groups",
     "expert_group_name",
     "experts_of",
+    "has_finite_weights",
     "initialize_groups",
     "is_trained",
     "live_bytes",

@@ -14,6 +14,7 @@ from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
 from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
+from adamoe_dist.parallel.health import discarding, forget_gradients
 from adamoe_dist.parallel.optimizer import build_optimizer, choose_implementation, parameter_groups
 from adamoe_dist.parallel.stage3 import forget_model
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
@@ -229,9 +230,19 @@ class TrainingEngine:
         """Whether the last step was."""
         return bool(self.is_scaled and self.deepspeed.optimizer.overflow)
 
-    def step(self) -> None:
-        """Reduce, clip and update; under fp16 skip the update where the gradient overflowed."""
-        self.deepspeed.step()
+    def step(self, discard: bool = False) -> None:
+        """Reduce, clip and update; drop the gradients instead where their norm is not finite.
+
+        Args:
+            discard: drop them whatever their norm, as if the step had never begun; the same on all ranks.
+        """
+        if discard:
+            with discarding(self.deepspeed.optimizer, next(self.model.parameters()).device):
+                self.deepspeed.step()
+            self.deepspeed.skipped_steps -= 1
+        else:
+            self.deepspeed.step()
+        forget_gradients(self.deepspeed.optimizer)
         if self._tied is not None:
             self._tied.finish_step()
 
@@ -246,7 +257,7 @@ class TrainingEngine:
         forget_model(self.model)
 
     def gradient_norm(self) -> float:
-        """Return the global gradient norm of the last step, before clipping; infinite where it was skipped."""
+        """Return the global gradient norm of the last step, before clipping; infinite where nothing was updated."""
         return float(self.deepspeed.get_global_grad_norm())
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -82,6 +82,7 @@ class UnshardedOptimizer:
             self.loss_scaler.update_scale(self.overflow)
         if self.overflow:
             self._global_grad_norm = math.inf
+            self.zero_grad()
             return
         self._global_grad_norm = scaled_norm / scale
         excess = (self._global_grad_norm + 1e-6) / self._clipping if self._clipping else 1.0

@@ -2,7 +2,7 @@
 
 Every rank keeps one connection to rank 0 (``watch_wire``). A rank that ends without a goodbye, by a signal, an
 exception or with its machine, ends the whole run: each node's console shows the cause once, and every process is gone
-seconds later, whatever it waits for.
+seconds later, whatever it waits for. So does a rank that hangs (``watch_hang``).
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
@@ -35,8 +36,10 @@ from adamoe_dist.errors import (
 )
 from adamoe_dist.launcher import Launch
 from adamoe_dist.parallel.groups import COLLECTIVE_TIMEOUT
+from adamoe_dist.parallel.progress import Progress
+from adamoe_dist.parallel.watch_hang import HangWatch
 from adamoe_dist.parallel.watch_server import SETTLE_S, Server
-from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, SPOKEN, Client, Departure, own_address
+from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, HANGS, SPOKEN, Client, Departure, own_address
 
 LEAVE_S = 2.0
 """Between the verdict and the end of a process that does not end by itself."""
@@ -51,7 +54,9 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def watch_ranks(launch: Launch) -> Iterator[None]:
+def watch_ranks(
+    launch: Launch, progress: Progress | None = None, hang_timeout_s: float | None = None
+) -> Iterator[None]:
     """Tie the ranks together for the length of a ``with`` block. One process is tied to nothing.
 
     It starts before the process groups, from the rendezvous store alone, so that a rank that dies on the way to them is
@@ -60,6 +65,8 @@ def watch_ranks(launch: Launch) -> Iterator[None]:
 
     Args:
         launch: this process's place.
+        progress: what this rank marks; the watch for hangs begins with its first mark.
+        hang_timeout_s: how long no rank may make progress; None: for ever.
 
     Raises:
         UserError: this machine cannot reach rank 0.
@@ -67,7 +74,7 @@ def watch_ranks(launch: Launch) -> Iterator[None]:
     if launch.world_size == 1:
         yield
         return
-    watch = _Watch(launch)
+    watch = _Watch(launch, progress or Progress(), hang_timeout_s)
     try:
         yield
     except BaseException as error:
@@ -95,30 +102,36 @@ def sigterm_as_exit() -> Iterator[None]:
 class _Watch:
     """One rank's side."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, progress: Progress, hang_timeout_s: float | None) -> None:
         self._launch = launch
+        self._progress = progress
+        self._hang_timeout_s = hang_timeout_s
         self._verdict: Departure | None = None
         self._decided = threading.Event()
-        self._place = Departure(launch.rank, launch.local_rank, launch.node, socket.gethostname())
+        self._deciding = threading.Lock()
+        self._place = Departure(launch.rank, launch.local_rank, launch.node, socket.gethostname(), pid=os.getpid())
         self._store = _open_store(launch)  # kept: rank 0's process serves it
         self.link: Server | Client = self._serve() if launch.rank == 0 else self._connect()
         self.link.start()
 
     def _serve(self) -> Server:
         key = secrets.token_hex(16)
-        server = Server(key, self._launch.world_size, self._on_verdict)
+        limit_s = self._hang_timeout_s
+        hang = None if limit_s is None else HangWatch(self._place, self._progress, limit_s)
+        server = Server(key, self._launch.world_size, self._on_verdict, hang)
         master = os.environ["MASTER_ADDR"]
         hosts = [own_address(master, int(os.environ["MASTER_PORT"])), master]
         published = {"hosts": hosts, "port": server.port, "key": key, "host": self._place.host}
-        self._store.set("rank_0", json.dumps({**published, "node": self._place.node}))
+        self._store.set("rank_0", json.dumps({**published, "node": self._place.node, "pid": self._place.pid}))
         return server
 
     def _connect(self) -> Client:
         rank_0 = json.loads(self._store.get("rank_0"))
         addresses = [(host, rank_0["port"]) for host in dict.fromkeys(rank_0["hosts"])]
-        theirs = Departure(rank=0, local_rank=0, node=rank_0["node"], host=rank_0["host"])
+        theirs = Departure(rank=0, local_rank=0, node=rank_0["node"], host=rank_0["host"], pid=rank_0["pid"])
+        watched = (self._on_verdict, self._progress, self._hang_timeout_s)
         try:
-            return Client(addresses, rank_0["key"], self._place, theirs, self._on_verdict)
+            return Client(addresses, rank_0["key"], self._place, theirs, *watched)
         except ConnectionError as problem:
             refusal = (
                 f"rank {self._launch.rank} on {self._place.host} does not reach rank 0 ({problem}); let the nodes "
@@ -158,13 +171,25 @@ class _Watch:
 
     def _on_verdict(self, departure: Departure) -> None:
         """Show the cause and see that this process ends; in the link's thread, whatever the main thread waits for."""
-        self._verdict = departure
+        with self._deciding:
+            if self._verdict is not None:  # rank 0 hung, and goes on
+                return
+            self._verdict = departure
         if self._speaks_of(departure):
             fail(_line(departure))
         logger.debug("error: %s\n%s", _line(departure), departure.details)
         self._decided.set()
+        self._progress.end(departure.code)
+        self._let_go_on(departure)
         time.sleep(LEAVE_S)
         self._leave(departure.code)
+
+    def _let_go_on(self, departure: Departure) -> None:
+        """Continue a stopped rank of the same launcher: it hears the verdict and ends, or is ended by the launcher."""
+        if departure.kind == HANGS and departure.rank != self._launch.rank and departure.host == self._place.host:
+            state, parent = _state_of(departure.pid)
+            if state in "Tt" and parent == os.getppid():
+                os.kill(departure.pid, signal.SIGCONT)
 
     def _speaks_of(self, departure: Departure) -> bool:
         """Whether this rank shows the cause: one on each node does, the first that is not the one that left."""
@@ -187,7 +212,18 @@ class _Watch:
 def _line(departure: Departure) -> str:
     if departure.kind == ASKED_BY_USER:
         return departure.cause
+    if departure.kind == HANGS:
+        return f"rank {departure.rank} on {departure.host} hangs {departure.cause}"
     return f"rank {departure.rank} on {departure.host} left: {departure.cause}"
+
+
+def _state_of(pid: int) -> tuple[str, int]:
+    """Return a process's state, as the kernel abbreviates it, and its parent; nothing for one that is not there."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
+    except OSError:
+        return "?", 0
+    return state, int(parent)
 
 
 def _open_store(launch: Launch) -> dist.Store:

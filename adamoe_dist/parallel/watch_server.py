@@ -6,11 +6,15 @@ import selectors
 import socket
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+from adamoe_dist.parallel.stacks import Doing
+from adamoe_dist.parallel.watch_hang import HangWatch
 from adamoe_dist.parallel.watch_wire import (
     ASKED_BY_USER,
+    HANGS,
     LARGEST_MESSAGE,
+    PULSE_S,
     Departure,
     Verdict,
     after,
@@ -31,11 +35,13 @@ class Server:
         key: what a connection must say to be heard.
         world_size: number of ranks.
         on_verdict: called in the thread with the departure that is the cause, after it was sent to every rank.
+        hang: judges whether the run gets on; None: nobody does.
     """
 
-    def __init__(self, key: str, world_size: int, on_verdict: Verdict) -> None:
+    def __init__(self, key: str, world_size: int, on_verdict: Verdict, hang: HangWatch | None = None) -> None:
         self._key = key
         self._on_verdict = on_verdict
+        self._hang = hang
         self._awaited = set(range(1, world_size))
         self._places: dict[socket.socket, Departure | None] = {}
         self._unread: dict[socket.socket, bytes] = {}
@@ -89,11 +95,25 @@ class Server:
 
     def _serve(self) -> None:
         while True:
-            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            left = None if self._hang is None else PULSE_S / 4
+            if self._deadline is not None:
+                left = max(0.0, self._deadline - time.monotonic())
             for ready, _ in self._selector.select(left):
                 self._read(ready.fileobj)  # type: ignore[arg-type]
+            if self._hang is not None and not self._departures:
+                self._look_for_hang(self._hang)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._decide()
+
+    def _look_for_hang(self, hang: HangWatch) -> None:
+        hang.note_own()
+        others = {place.rank: (each, place) for each, place in self._places.items() if place is not None}
+        others = {rank: other for rank, other in others.items() if rank in self._awaited}
+        if hang.is_to_ask():
+            for connection, _ in others.values():
+                send(connection, {"ask": True})
+        if hang.has_heard(others):
+            self._note(hang.verdict({rank: place for rank, (_, place) in others.items()}))
 
     def _decide(self) -> None:
         self._deadline = None
@@ -104,7 +124,7 @@ class Server:
         cause = min(self._departures, key=lambda departure: departure.kind)
         for connection, place in list(self._places.items()):
             if place is not None:
-                send(connection, {"verdict": asdict(cause)})
+                send(connection, {"verdict": asdict(replace(cause, details="") if cause.kind == HANGS else cause)})
         self._on_verdict(cause)
 
     def _read(self, source: socket.socket) -> None:
@@ -155,6 +175,13 @@ class Server:
                 self._places[connection] = Departure(**message["place"])
                 send(connection, {"welcome": True})
                 return True
+            if self._hang is not None and "progress" in message:
+                self._hang.note(place.rank, float(message["progress"]))
+                send(connection, {"pulse": True})
+                return True
+            if self._hang is not None and "doing" in message:
+                self._hang.answer(place.rank, Doing(**message["doing"]))
+                return True
             if "departure" in message:
                 self._note(Departure(**message["departure"]))
         except (ValueError, TypeError, KeyError):
@@ -168,7 +195,7 @@ class Server:
         self._departures.append(departure)
         if self._deadline is None:
             self._deadline = time.monotonic() + SETTLE_S
-        if departure.kind == ASKED_BY_USER:
+        if departure.kind in (ASKED_BY_USER, HANGS):
             self._deadline = time.monotonic()
 
     def _drop(self, connection: socket.socket) -> None:

@@ -2,17 +2,23 @@
 
 Messages are JSON, one a line. A rank sends ``hello`` with its place, then, at its end, ``goodbye`` or its
 :class:`Departure`; rank 0 answers ``welcome``, and sends the verdict or, when all is done, ``end``.
+
+Where hangs are watched for, a rank says every few seconds when it last made progress, and rank 0 echoes that; rank 0
+may ``ask`` what it is doing.
 """
 
 import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from adamoe_dist.errors import EXIT_BUG
+from adamoe_dist.parallel.progress import Progress
+from adamoe_dist.parallel.stacks import doing
 
 SILENCE_S = 30
 """After which a machine that answers nothing is taken for gone."""
@@ -20,9 +26,17 @@ SILENCE_S = 30
 _CONNECT_S = 20.0
 LARGEST_MESSAGE = 1 << 16
 
-ASKED_BY_USER, SPOKEN, SILENT, CONSEQUENCE = range(4)
-"""Which of several departures is the cause: a refusal by rank 0, what a rank said itself, a rank that was killed, an
-exception about a lost connection; of one kind the first."""
+PULSE_S = 2.0
+"""Between two words about a rank's progress."""
+
+ANSWER_S = 10.0
+"""How long a rank may take to answer; its thread needs no more than a turn of the interpreter."""
+
+SILENT_RANK = "does not answer: its process is stopped or stuck outside Python, or its machine hangs"
+
+ASKED_BY_USER, SPOKEN, HANGS, SILENT, CONSEQUENCE = range(5)
+"""Which of several departures is the cause: a refusal by rank 0, what a rank said itself, a rank that hangs, one that
+was killed, an exception about a lost connection; of one kind the first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,8 @@ class Departure:
     code: int = EXIT_BUG
     kind: int = SILENT
     details: str = ""
-    """A traceback, if there is one."""
+    """A traceback, or several, if there is one."""
+    pid: int = 0
 
 
 Verdict = Callable[[Departure], None]
@@ -51,15 +66,28 @@ class Client:
         key: what rank 0 must hear.
         place: this rank's place, and rank 0's.
         on_verdict: called in the thread with the departure that is the cause.
+        progress: what this rank does.
+        hang_timeout_s: how long it may make no progress before a rank 0 that is silent hangs; None: no limit.
 
     Raises:
         ConnectionError: rank 0 answers on no address.
     """
 
     def __init__(
-        self, addresses: Iterable[tuple[str, int]], key: str, place: Departure, rank_0: Departure, on_verdict: Verdict
+        self,
+        addresses: Iterable[tuple[str, int]],
+        key: str,
+        place: Departure,
+        rank_0: Departure,
+        on_verdict: Verdict,
+        progress: Progress | None = None,
+        hang_timeout_s: float | None = None,
     ) -> None:
         self._rank_0 = rank_0
+        self._progress = progress or Progress()
+        self._hang_timeout_s = hang_timeout_s
+        self._sending = threading.Lock()
+        self._heard_at = time.monotonic()
         self._on_verdict = on_verdict
         self._is_done = False
         self._socket = connect(addresses, {"hello": key, "place": asdict(place)})
@@ -69,15 +97,37 @@ class Client:
     def start(self) -> None:
         """Begin to listen."""
         self._thread.start()
+        if self._hang_timeout_s is not None:
+            threading.Thread(target=self._pulse, args=(self._hang_timeout_s,), name="pulse", daemon=True).start()
 
     def report(self, departure: Departure) -> None:
         """Say that this rank leaves early, and why; if rank 0 is gone, the thread knows."""
-        send(self._socket, {"departure": asdict(departure)})
+        self._send({"departure": asdict(departure)})
 
     def goodbye(self, patience_s: float) -> None:
         """Say that this rank is done."""
         self._is_done = True
-        send(self._socket, {"goodbye": True})
+        self._send({"goodbye": True})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._sending:
+            send(self._socket, message)
+
+    def _pulse(self, hang_timeout_s: float) -> None:
+        """Speak of progress; see that rank 0, which would notice any other rank that hangs, does not hang itself."""
+        while not self._is_done:
+            time.sleep(min(PULSE_S, hang_timeout_s / 2))
+            if not self._progress.count:
+                continue
+            self._progress.note_traffic()
+            age_s = self._progress.age_s
+            self._send({"progress": age_s})
+            if age_s > hang_timeout_s and time.monotonic() > self._heard_at + ANSWER_S and not self._is_done:
+                cause = f"(no progress for {age_s:.0f} s) {SILENT_RANK}"
+                departure = replace(self._rank_0, cause=cause, kind=HANGS)
+                self.report(departure)  # it may go on some time
+                self._on_verdict(departure)
+                return
 
     def _listen(self) -> None:
         departure = self._rank_0
@@ -85,8 +135,11 @@ class Client:
             with self._socket.makefile("rb") as messages:
                 for line in messages:
                     message = json.loads(line)
+                    self._heard_at = time.monotonic()
                     if "end" in message:
                         return
+                    if "ask" in message:
+                        self._send({"doing": asdict(doing())})
                     if "verdict" in message:
                         self._on_verdict(Departure(**message["verdict"]))
                         return

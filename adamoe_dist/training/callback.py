@@ -11,13 +11,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: loss in nats a token over the global batch, gradient norm before clipping."""
+    """One optimizer step: loss in nats a token over the global batch, gradient norm before clipping.
+
+    Of a bad step, which changed nothing, loss and norm may be NaN or infinite.
+    """
 
     step: int
     lm_loss: float
     grad_norm: float
     learning_rate: float
     seconds: float
+    first_sample: int
+    """Of its batch, in the data order."""
 
 
 class Callback:

@@ -1,11 +1,12 @@
 """The training loop."""
 
+import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from adamoe_dist.data import BatchStream
 from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
 from adamoe_dist.launcher import STARTED
 from adamoe_dist.model import LanguageModel
-from adamoe_dist.parallel import Schedule, TrainingEngine
+from adamoe_dist.parallel import TRAINING, Progress, Schedule, TrainingEngine, has_finite_weights
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.load_control import load_controller
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
@@ -28,6 +29,7 @@ EXIT_CODES = {
     signal.SIGALRM: EXIT_TERMINATED,
 }
 """The signals that make a run save and stop; SIGALRM is ``checkpoint.time_limit_minutes``'s own."""
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -48,6 +50,9 @@ class Trainer:
         tokens_seen: tokens trained on, over all ranks.
         stop_signal: the signal that asked the run to stop, if any.
         extra_metrics: what callbacks add to the next record.
+        failure: why the numbers stop the run, if they do.
+        events: what went wrong in this process so far, by the name of its metric.
+        progress: marked at every forward pass and change of phase.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         callbacks: Sequence[Callback],
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.resolved = resolved
@@ -74,6 +80,11 @@ class Trainer:
         self.tokens_seen = 0
         self.stop_signal: signal.Signals | None = None
         self.extra_metrics: dict[str, float | int] = {}
+        self.failure: str | None = None
+        self.events: Counter[str] = Counter()
+        self.progress = progress or Progress()
+        model.register_forward_pre_hook(lambda *_: self.progress.advance())
+        self._bad_in_a_row = 0
         self._load_controller = load_controller(config, model)
         self._received: signal.Signals | None = None
         self.schedule = Schedule(engine, model, dtype, device)
@@ -84,31 +95,40 @@ class Trainer:
     @property
     def is_last_step(self) -> bool:
         """Whether no step follows."""
-        return self.step >= self.config.train.steps or self.stop_signal is not None
+        return self.step >= self.config.train.steps or self.stop_signal is not None or self.failure is not None
 
     def run(self) -> int:
         """Train to ``train.steps`` and return the exit code: 0, or that of the signal that stopped the run.
 
         Raises:
-            NumericalError: a router's scores, the loss or the gradient norm are NaN or infinite.
+            NumericalError: ``train.max_bad_steps`` steps in a row were bad: a router's scores, the loss or the gradient
+                norm were NaN or infinite. Or one was, and the weights are not finite.
         """
         previous = {number: signal.signal(number, self._note_signal) for number in EXIT_CODES}
         if self.config.checkpoint.time_limit_minutes is not None:
             signal.setitimer(signal.ITIMER_REAL, _time_left_s(self.config.checkpoint.time_limit_minutes))
         try:
-            for callback in self.callbacks:
+            for callback in self._callbacks_in_turn():
                 callback.on_start(self)
             while not self.is_last_step:
+                self.progress.enter(TRAINING)
                 result = self._train_step()
-                for callback in self.callbacks:
+                for callback in self._callbacks_in_turn():
                     callback.after_step(self, result)
-            for callback in self.callbacks:
+            if self.failure is not None:
+                raise NumericalError(self.failure)
+            for callback in self._callbacks_in_turn():
                 callback.on_finish(self)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return 0 if self.stop_signal is None else EXIT_CODES[self.stop_signal]
+
+    def _callbacks_in_turn(self) -> Iterator[Callback]:
+        for callback in self.callbacks:
+            self.progress.enter(type(callback).__name__)
+            yield callback
 
     def _train_step(self) -> StepResult:
         started = time.perf_counter()
@@ -119,27 +139,59 @@ class Trainer:
         micro_batches = self.batches.next_step()
         total = self.schedule.run([tokens.to(self.device, non_blocking=True) for tokens in micro_batches])
         lm_loss, bad_tokens = self._agree(total)
-        self._require_finite_scores(bad_tokens, first_sample)
-        self._require_finite("loss", lm_loss, first_sample)
+        finding = self._bad_scores(bad_tokens) or self._bad_loss(lm_loss)
         self.engine.set_learning_rate(rate)
-        self.engine.step()
-        norm = self._checked_norm(first_sample)
-        if self._load_controller is not None:
+        self.engine.step(discard=finding is not None)
+        norm = self.engine.gradient_norm()
+        if finding is None:
+            finding, norm = self._judge_norm(norm)
+        if finding is None and self._load_controller is not None:
             self._load_controller.update(self.step)
         self.step += 1
         self.tokens_seen += self.resolved.tokens_per_step
+        self.progress.step = self.step
+        if finding is None:
+            self._bad_in_a_row = 0
+        else:
+            self._note_bad_step(finding, first_sample)
         platform.synchronize()
-        return StepResult(self.step, lm_loss, norm, rate, time.perf_counter() - started)
+        return StepResult(self.step, lm_loss, norm, rate, time.perf_counter() - started, first_sample)
 
-    def _checked_norm(self, first_sample: int) -> float:
-        """Return the gradient norm of the step: finite, or 0 where fp16 overflowed and the weights stayed."""
+    def _judge_norm(self, norm: float) -> tuple[str | None, float]:
+        """Return what is wrong with the gradient norm of the step, and the norm: 0 where fp16 overflowed."""
         if not self.engine.is_skipped:
-            norm = self.engine.gradient_norm()
-            self._require_finite("gradient norm", norm, first_sample)
-            return norm
+            return None if math.isfinite(norm) else f"the gradient norm of step {self.step + 1} is not finite", norm
         if self.engine.loss_scale <= 1.0:
-            self._stop(f"the fp16 gradient of step {self.step + 1} overflows at a loss scale of 1", first_sample)
-        return 0.0
+            return f"the fp16 gradient of step {self.step + 1} overflows at a loss scale of 1", 0.0
+        return None, 0.0
+
+    def _note_bad_step(self, finding: str, first_sample: int) -> None:
+        """Warn of a step that was not applied; stop the run where too many were, or where none can get better.
+
+        Raises:
+            NumericalError: the weights are not finite. They are not to be saved.
+        """
+        self.events["bad_steps"] += 1
+        self._bad_in_a_row += 1
+        allowed = self.config.train.max_bad_steps
+        message = f"{finding}; its batch is {self.batches.describe(first_sample)}"
+        if not has_finite_weights(self.engine):
+            raise NumericalError(
+                f"{message}; weights are not finite, so nothing is saved; lower optimizer.learning_rate or resume from "
+                "the last checkpoint"
+            )
+        if self._bad_in_a_row >= allowed:
+            self.failure = (
+                f"{message}; bad steps in a row: {self._bad_in_a_row} (train.max_bad_steps={allowed}); the weights are "
+                "those before them; lower optimizer.learning_rate or resume from an earlier checkpoint"
+            )
+        elif self.rank == 0:
+            logger.warning(
+                "warning: %s; the step is not applied (bad steps in a row: %d, train.max_bad_steps=%d)",
+                message,
+                self._bad_in_a_row,
+                allowed,
+            )
 
     def _prepare_layers(self) -> None:
         coefficient = balance_coefficient(self.config, self.step)
@@ -168,27 +220,19 @@ class Trainer:
         layout = self.resolved.layout
         return total / (layout.replicas * layout.tensor), counts[len(EXIT_CODES) :]
 
-    def _require_finite_scores(self, bad_tokens: list[float], first_sample: int) -> None:
+    def _bad_scores(self, bad_tokens: list[float]) -> str | None:
         """Name the first layer that went wrong; the layers above it only inherit that."""
         for number, tokens in enumerate(bad_tokens, 1):
             if tokens:
                 layer = number * self.config.moe.layer_frequency
-                self._stop(
+                return (
                     f"the router of layer {layer} gives NaN or infinite scores for {tokens:.0f} tokens of "
-                    f"step {self.step + 1}",
-                    first_sample,
+                    f"step {self.step + 1}"
                 )
+        return None
 
-    def _require_finite(self, name: str, value: float, first_sample: int) -> None:
-        if not math.isfinite(value):
-            self._stop(f"the {name} of step {self.step + 1} is {value}", first_sample)
-
-    def _stop(self, finding: str, first_sample: int) -> NoReturn:
-        last = first_sample + self.config.train.global_batch_size - 1
-        raise NumericalError(
-            f"{finding}; its batch is samples {first_sample} to {last} of the data order; lower "
-            "optimizer.learning_rate or resume from the last checkpoint"
-        )
+    def _bad_loss(self, loss: float) -> str | None:
+        return None if math.isfinite(loss) else f"the loss of step {self.step + 1} is {loss}"
 
     def _note_signal(self, number: int, _: FrameType | None) -> None:
         self._received = signal.Signals(number)

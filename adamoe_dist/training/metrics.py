@@ -66,7 +66,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     not computed, which ``expert_flops_saved`` counts too.
     ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
     one step. ``loss_scale`` and ``skipped_steps``, of this process so far, are there under fp16; ``grad_norm`` of a
-    skipped step is 0.
+    skipped step is 0. ``bad_steps`` and ``loss_spikes``, of this process so far, are there once there is one.
 
     Args:
         trainer: the loop.
@@ -114,6 +114,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     if trainer.engine.is_scaled:
         record["loss_scale"] = trainer.engine.loss_scale
         record["skipped_steps"] = trainer.engine.skipped_steps
+    record.update(trainer.events)
     return record, layers
 
 

@@ -48,7 +48,11 @@ class Recorder(Callback):
         self._seconds.append(result.seconds)
         interval = trainer.config.train.validation_interval
         last = trainer.is_last_step
-        is_validated = bool(self._sets) and (last or (interval is not None and result.step % interval == 0))
+        is_validated = (
+            bool(self._sets)
+            and trainer.failure is None
+            and (last or (interval is not None and result.step % interval == 0))
+        )
         if not (is_validated or last or result.step % trainer.config.monitor.log_interval == 0):
             return
         average_s = sum(self._seconds) / len(self._seconds)

@@ -11,10 +11,11 @@ from adamoe_dist.checkpoint import check_compatible, find_checkpoint, notes_on_c
 from adamoe_dist.config import Config, Resolved, is_allowed, schedule_problem
 from adamoe_dist.data import BatchStream
 from adamoe_dist.dispatch import check_flex
-from adamoe_dist.errors import UserError
+from adamoe_dist.errors import UserError, exit_code_of
 from adamoe_dist.model import BuiltModel, build_model
 from adamoe_dist.parallel import (
     Launch,
+    Progress,
     TrainingEngine,
     check_port,
     choose_implementation,
@@ -25,12 +26,15 @@ from adamoe_dist.parallel import (
     watch_ranks,
 )
 from adamoe_dist.planning import describe_run
+from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.checkpointing import CheckpointWriter, restore
 from adamoe_dist.training.corpora import Corpora, open_corpora, prepare_missing
+from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.recorder import Recorder
 from adamoe_dist.training.run_directory import check_run_directory, checkpoint_root, create_run_directory, environment
 from adamoe_dist.training.sampling import SampleWriter
+from adamoe_dist.training.spikes import SpikeReporter
 from adamoe_dist.training.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -51,14 +55,14 @@ def train(config: Config, resolved: Resolved) -> int:
     launch = Launch.from_environment()
     _log_to_console(launch)
     check_port(launch)
-    code = 0
+    code, progress = 0, Progress()
     try:
-        with watch_ranks(launch):
+        with watch_ranks(launch, progress, config.monitor.hang_timeout_s):
             source = _check_before_groups(config, resolved, launch) if launch.rank == 0 else None
             platform.limit_threads()
             expert_nodes = initialize_groups(launch, resolved)
             with sigterm_as_exit():
-                code = _train_in_groups(config, resolved, launch, _from_rank_0(source), expert_nodes)
+                code = _train_in_groups(config, resolved, launch, _from_rank_0(source), expert_nodes, progress)
     finally:
         destroy_groups()
     return code
@@ -110,7 +114,12 @@ def _from_rank_0(source: Path | None) -> Path | None:
 
 
 def _train_in_groups(
-    config: Config, resolved: Resolved, launch: Launch, source: Path | None, expert_nodes: tuple[int, ...]
+    config: Config,
+    resolved: Resolved,
+    launch: Launch,
+    source: Path | None,
+    expert_nodes: tuple[int, ...],
+    progress: Progress,
 ) -> int:
     corpora = open_corpora(config)
     dtype = _dtype(config)
@@ -119,7 +128,12 @@ def _train_in_groups(
     engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
     recorder = Recorder(corpora.validation)
     writer = CheckpointWriter(config, corpora.tokenizer.fingerprint, dtype)
-    callbacks = [
+    callbacks: list[Callback] = []
+    if launch.rank == 0:
+        callbacks.append(Heartbeat(config.run_dir / "heartbeat.json", progress, config.train.steps))
+    if config.monitor.spike_factor is not None:
+        callbacks.append(SpikeReporter(config.monitor.spike_window, config.monitor.spike_factor))
+    callbacks += [
         recorder,
         writer,
         SampleWriter(corpora.tokenizer, recorder),
@@ -134,11 +148,17 @@ def _train_in_groups(
         may_be_other_samples=is_allowed("data.train", config.checkpoint.allow_changes),
     )
     device = platform.device(launch.local_rank)
-    trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks)
+    trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks, progress)
     _report_start(config, resolved, corpora, built)
     restore(trainer, source)
+    progress.step = trainer.step
     try:
-        return trainer.run()
+        code = trainer.run()
+        progress.end(code)
+        return code
+    except BaseException as error:
+        progress.end(exit_code_of(error))
+        raise
     finally:
         writer.close()
         recorder.close()

@@ -1,6 +1,7 @@
 """Where metrics go: ``metrics.jsonl`` and TensorBoard. Both belong to rank 0."""
 
 import json
+import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +18,8 @@ TAGS = {
     "learning_rate": "optimizer/learning_rate",
     "loss_scale": "optimizer/loss_scale",
     "skipped_steps": "optimizer/skipped_steps",
+    "bad_steps": "health/bad_steps",
+    "loss_spikes": "health/loss_spikes",
     "step_time_s": "speed/step_time_s",
     "tokens_per_second": "speed/tokens_per_second",
     "memory_peak_gib": "speed/memory_peak_gib",
@@ -51,8 +54,9 @@ class JsonlWriter:
         self._file.flush()
 
     def write(self, record: Record) -> None:
-        """Add one record."""
-        self._file.write(json.dumps(record) + "\n")
+        """Add one record; numbers that are NaN or infinite, for which JSON has no words, become null."""
+        plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

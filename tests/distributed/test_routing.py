@@ -146,6 +146,9 @@ class Samples:
     def next_step(self) -> list[torch.Tensor]:
         return [torch.zeros(1, 33, dtype=torch.long) for _ in range(4)]
 
+    def describe(self, first_sample: int) -> str:
+        return f"samples {first_sample} to {first_sample + 7} of the data order"
+
 
 def poisoned_run(layers: list[int]) -> str:
     """Train one step in which rank 1 alone has NaN in some layers' routers; return what stops it."""
@@ -156,7 +159,7 @@ def poisoned_run(layers: list[int]) -> str:
     from adamoe_dist.training.loop import Trainer
 
     launch = Launch.from_environment()
-    config, resolved = config_of(with_micro_batch({}, 1), launch.world_size)
+    config, resolved = config_of(with_micro_batch({"train": {"max_bad_steps": 1}}, 1), launch.world_size)
     initialize_groups(launch, resolved)
     try:
         platform.seed_everything(1, deterministic=False)

@@ -67,6 +67,13 @@ def test_jsonl_drops_what_a_resumed_run_will_write_again(tmp_path) -> None:
     assert json.loads(path.read_text().splitlines()[-1])["lm_loss"] == 1.5
 
 
+def test_what_is_not_finite_is_null_in_json(tmp_path) -> None:
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", first_step=0)
+    writer.write({"step": 1, "lm_loss": float("nan"), "grad_norm": float("inf")})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "lm_loss": null, "grad_norm": null}\n'
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n')
@@ -108,7 +115,7 @@ def test_every_metric_of_the_interface_has_a_tensorboard_tag() -> None:
         "lm_loss balance_loss z_loss grad_norm learning_rate step_time_s tokens_per_second true_experts_per_token "
         "null_share all_null_share dropped_share dispatch_rows dispatch_bytes dispatch_rows_undeduplicated "
         "dispatch_rows_same_rank dispatch_rows_same_node dispatch_rows_other_node "
-        "expert_flops_saved target_load_error memory_peak_gib loss_scale skipped_steps "
+        "expert_flops_saved target_load_error memory_peak_gib loss_scale skipped_steps bad_steps loss_spikes "
         "validation_loss validation_bits_per_byte"
     )
     assert set(promised.split()) == set(TAGS)
