@@ -1,0 +1,289 @@
+"""The index of a checkpoint: which tensors it holds and where their bytes are.
+
+The file is a pickle of torch's records. It is read into plain stand-ins that only keep what they are given, everything
+is checked, and torch's own records are made from what was found good: no file can make a reader run code, read outside
+the checkpoint's directory, or look for more than the files have.
+"""
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from adamoe_dist.checkpoint.manifest import OTHER_CHECKPOINT, read_manifest
+from adamoe_dist.errors import UserError
+
+METADATA = ".metadata"
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
+_NOT_AN_INDEX = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_NOT_TENSORS = tuple({*_NOT_AN_INDEX, AssertionError, RuntimeError, OSError} - {MemoryError})
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a tensor, and where it is: ``length`` bytes from ``start`` of ``file``, as ``torch.save`` writes."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One whole tensor: its shape and the blocks that it is stored in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: tuple[Block, ...]
+
+
+Index = Mapping[str, TensorEntry]
+
+
+def read_index(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of the checkpoint directory ``path`` by name.
+
+    Raises:
+        UserError: the index cannot be read, would run code, holds anything but tensors, does not place every part of
+            each, or points to a file that is not one of the checkpoint's.
+    """
+    file = path / METADATA
+    try:
+        index = _entries(_IndexReader(io.BytesIO(file.read_bytes())).load())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; {OTHER_CHECKPOINT}") from None
+    except _NOT_AN_INDEX as problem:
+        reason = str(problem) or type(problem).__name__
+        raise UserError(f"{file} is not the index of a checkpoint ({reason}); {OTHER_CHECKPOINT}") from problem
+    sizes = {name: entry["bytes"] for name, entry in read_manifest(path)["files"].items()}
+    for key, entry in index.items():
+        for block in entry.blocks:
+            if block.file not in sizes:
+                raise UserError(
+                    f"{file} says that tensor {key} is in {block.file!r}, which is not among the checkpoint's files; "
+                    f"{OTHER_CHECKPOINT}"
+                )
+            if block.start + block.length > sizes[block.file]:
+                raise UserError(
+                    f"{file} says that tensor {key} is beyond the end of {block.file}; {OTHER_CHECKPOINT}"
+                )
+    return index
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the whole shapes of a checkpoint's tensors by name.
+
+    Raises:
+        UserError: see :func:`read_index`.
+    """
+    return {key: entry.shape for key, entry in read_index(path).items()}
+
+
+def write_index(path: Path, index: Index) -> None:
+    """Write the index of the checkpoint directory ``path``, and to the disk under it."""
+    with (path / METADATA).open("wb") as file:
+        pickle.dump(_torch_metadata(index), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_tensor(path: Path, index: Index, key: str) -> Tensor:
+    """Return one whole tensor in CPU memory; no process group is needed.
+
+    Raises:
+        UserError: a file does not hold what the index says.
+    """
+    entry = index[key]
+    whole = torch.empty(entry.shape, dtype=entry.dtype)
+    for block in entry.blocks:
+        with (path / block.file).open("rb") as file:
+            file.seek(block.start)
+            content = io.BytesIO(file.read(block.length))
+        try:
+            value = torch.load(content, map_location="cpu", weights_only=True)
+            place = tuple(slice(start, start + size) for start, size in zip(block.offsets, block.sizes, strict=True))
+            assert value.dtype == entry.dtype and tuple(value.shape) == block.sizes, "another shape or type"
+            whole[place] = value
+        except _NOT_TENSORS as problem:
+            raise _wrong_content(path / block.file, problem) from problem
+    return whole
+
+
+class CheckpointReader(FileSystemReader):
+    """Torch's reader of tensors, given an index that was read by :func:`read_index`."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the index of the checkpoint directory ``path``."""
+        super().__init__(path)
+        self.directory = path
+        self._metadata = _torch_metadata(read_index(path))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checked index; torch's own method would unpickle the file."""
+        self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        """Read tensors, file by file, so that one that does not hold them is named."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            try:
+                super().read_data(replace(plan, items=items), planner)
+            except _NOT_TENSORS as problem:
+                raise _wrong_content(self.directory / name, problem) from problem
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _wrong_content(file: Path, problem: Exception) -> UserError:
+    reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+    return UserError(f"{file} does not hold the tensors that the index names ({reason}); {OTHER_CHECKPOINT}")
+
+
+def _torch_metadata(index: Index) -> Metadata:
+    tensors: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for key, entry in index.items():
+        chunks = [ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes)) for block in entry.blocks]
+        tensors[key] = TensorStorageMetadata(TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), chunks)
+        for number, block in enumerate(entry.blocks):
+            place = MetadataIndex(key, block.offsets, number)
+            storage[place] = _StorageInfo(block.file, block.start, block.length)
+    return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta())
+
+
+class _Record:
+    """What a pickled record was given, whatever its class would have done with it."""
+
+    kind = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads the pickled records of an index as :class:`_Record`; nothing else can be in it."""
+
+    ALLOWED = {  # noqa: RUF012
+        "torch": {"Size", *DTYPES},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "pathlib": {"PosixPath"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return DTYPES[name] if module == "torch" and name in DTYPES else type(name, (_Record,), {"kind": name})
+
+
+def _entries(metadata: Any) -> dict[str, TensorEntry]:
+    """Check what was read and return it by name; any exception of the module's list means that it is not an index."""
+    records = _state(metadata, "Metadata")
+    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    for place, info in records["storage_data"].items():
+        index, stored = _state(place, "MetadataIndex"), _state(info, "_StorageInfo")
+        if stored.get("transform_descriptors"):
+            raise ValueError(f"{index['fqn']} is stored in a form of its own")
+        (start, length) = _ints((stored["offset"], stored["length"]))
+        if (index["fqn"], _size(index["offset"])) in places:
+            raise ValueError(f"{index['fqn']} has two places for one part")
+        places[index["fqn"], _size(index["offset"])] = (_plain_name(stored["relative_path"]), start, length)
+    entries = {key: _entry(key, record, places) for key, record in records["state_dict_metadata"].items()}
+    if places:
+        raise ValueError(f"{next(iter(places))[0]} has a place and no shape")
+    return entries
+
+
+def _entry(key: Any, record: Any, places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]) -> TensorEntry:
+    """Check one tensor and take its blocks out of ``places``."""
+    if not isinstance(key, str) or getattr(record, "kind", "") != "TensorStorageMetadata":
+        raise ValueError(f"{key!r} is not a tensor")
+    state = _state(record, "TensorStorageMetadata")
+    shape, dtype = _size(state["size"]), _state(state["properties"], "TensorProperties", tuple)[0]
+    if dtype not in DTYPES.values():
+        raise ValueError(f"{key} has no type")
+    blocks = []
+    for chunk in state["chunks"]:
+        chunk_state = _state(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _size(chunk_state["offsets"]), _size(chunk_state["sizes"])
+        ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+        if any(end > whole for end, whole in zip(ends, shape, strict=True)) or (key, offsets) not in places:
+            raise ValueError(f"{key} has a part that is outside it or nowhere")
+        blocks.append(Block(offsets, sizes, *places.pop((key, offsets))))
+    if sum(math.prod(block.sizes) for block in blocks) != math.prod(shape):
+        raise ValueError(f"{key} is not there as a whole")
+    return TensorEntry(shape, dtype, tuple(blocks))
+
+
+def _state(record: Any, kind: str, of: type = dict) -> Any:
+    if not isinstance(record, _Record) or record.kind != kind or not isinstance(record.state, of):
+        raise ValueError(f"something else is in the place of {kind}")
+    return record.state
+
+
+def _size(record: Any) -> tuple[int, ...]:
+    if not isinstance(record, _Record) or record.kind != "Size":
+        raise ValueError("something else is in the place of a size")
+    (numbers,) = record.arguments
+    return _ints(numbers)
+
+
+def _ints(numbers: Any) -> tuple[int, ...]:
+    if not isinstance(numbers, tuple) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("something else is in the place of a number")
+    return numbers
+
+
+def _plain_name(name: Any) -> str:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"it points to {name!r}, which is not the name of a file in the checkpoint")
+    return name
