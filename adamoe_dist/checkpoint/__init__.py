@@ -2,22 +2,30 @@
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible
+from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
 from adamoe_dist.checkpoint.save import save_checkpoint
 
 __all__ = [
     "CheckpointError",
+    "bytes_to_copy",
+    "changed_keys",
     "check_compatible",
+    "checkpoint_at",
+    "describe_checkpoint",
     "find_checkpoint",
     "has_checkpoints",
     "load_checkpoint",
     "load_weights",
+    "plan_null_experts",
     "read_config",
     "read_manifest",
     "read_state",
     "remove_leftovers",
     "save_checkpoint",
+    "set_null_experts",
     "verify_files",
 ]

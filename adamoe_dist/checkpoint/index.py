@@ -88,6 +88,8 @@ def read_index(path: Path) -> dict[str, TensorEntry]:
         reason = str(problem) or type(problem).__name__
         raise UserError(f"{file} is not the index of a checkpoint ({reason}); {OTHER_CHECKPOINT}") from problem
     sizes = {name: entry["bytes"] for name, entry in read_manifest(path)["files"].items()}
+    if METADATA not in sizes:
+        raise UserError(f"{path} has a list of files without {METADATA}; {OTHER_CHECKPOINT}")
     for key, entry in index.items():
         for block in entry.blocks:
             if block.file not in sizes:
@@ -96,9 +98,7 @@ def read_index(path: Path) -> dict[str, TensorEntry]:
                     f"{OTHER_CHECKPOINT}"
                 )
             if block.start + block.length > sizes[block.file]:
-                raise UserError(
-                    f"{file} says that tensor {key} is beyond the end of {block.file}; {OTHER_CHECKPOINT}"
-                )
+                raise UserError(f"{file} says that tensor {key} is beyond the end of {block.file}; {OTHER_CHECKPOINT}")
     return index
 
 

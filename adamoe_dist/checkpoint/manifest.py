@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
         raise UserError(f"{path / MANIFEST} has no list of files with sizes and hashes; {OTHER_CHECKPOINT}")
+    if type(manifest.get("step")) is not int or not isinstance(manifest.get("layout"), dict):
+        raise UserError(f"{path / MANIFEST} does not say of which step and layout it is; {OTHER_CHECKPOINT}")
     for name in files:
         if Path(name).name != name:
             raise UserError(f"{path / MANIFEST} lists {name!r}, which is outside the checkpoint; {OTHER_CHECKPOINT}")
@@ -153,6 +155,8 @@ def verify_files(path: Path, names: Iterable[str] | None = None, on_bytes: OnByt
     if problem is not None:
         raise UserError(f"checkpoint {path} is incomplete: {problem}; {OTHER_CHECKPOINT}")
     for name in files if names is None else names:
+        if name not in files:
+            raise UserError(f"{path / MANIFEST} does not list {name}; {OTHER_CHECKPOINT}")
         require_unchanged(path / name, describe_file(path / name, on_bytes), files[name])
 
 
