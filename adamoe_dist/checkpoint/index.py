@@ -33,6 +33,7 @@ from adamoe_dist.checkpoint.manifest import OTHER_CHECKPOINT, read_manifest
 from adamoe_dist.errors import UserError
 
 METADATA = ".metadata"
+LONGEST_REASON = 120
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 _NOT_AN_INDEX = (
     pickle.UnpicklingError,
@@ -85,8 +86,9 @@ def read_index(path: Path) -> dict[str, TensorEntry]:
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {OTHER_CHECKPOINT}") from None
     except _NOT_AN_INDEX as problem:
-        reason = str(problem) or type(problem).__name__
-        raise UserError(f"{file} is not the index of a checkpoint ({reason}); {OTHER_CHECKPOINT}") from problem
+        raise UserError(
+            f"{file} is not the index of a checkpoint ({_one_line(problem)}); {OTHER_CHECKPOINT}"
+        ) from problem
     sizes = {name: entry["bytes"] for name, entry in read_manifest(path)["files"].items()}
     if METADATA not in sizes:
         raise UserError(f"{path} has a list of files without {METADATA}; {OTHER_CHECKPOINT}")
@@ -171,8 +173,15 @@ class CheckpointReader(FileSystemReader):
 
 
 def _wrong_content(file: Path, problem: Exception) -> UserError:
-    reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-    return UserError(f"{file} does not hold the tensors that the index names ({reason}); {OTHER_CHECKPOINT}")
+    return UserError(
+        f"{file} does not hold the tensors that the index names ({_one_line(problem)}); {OTHER_CHECKPOINT}"
+    )
+
+
+def _one_line(problem: Exception) -> str:
+    """Return the beginning of a message that may be long: torch explains how to read a pickle all the same."""
+    words = " ".join(str(problem).split())
+    return words if len(words) <= LONGEST_REASON else words[:LONGEST_REASON] + "..."
 
 
 def _torch_metadata(index: Index) -> Metadata:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from adamoe_dist.checkpoint import find_checkpoint, verify_files
 from adamoe_dist.checkpoint.index import METADATA, CheckpointReader, read_index, read_tensor, write_index
 from adamoe_dist.errors import UserError
-from tests.checkpoint.small import make_checkpoint, sign, tree_of, weights_of
+from tests.checkpoint.small import hostile_bytes, make_checkpoint, sign, tree_of, weights_of
 
 
 @pytest.fixture
@@ -181,6 +181,15 @@ def test_a_record_cannot_change_a_class(path: Path) -> None:
     with pytest.raises(UserError):
         read_index(path)
     assert not hasattr(records.Metadata, "broken")
+
+
+def test_the_index_is_not_read_again(path: Path, tmp_path: Path) -> None:
+    """Torch's reader would unpickle the file when it reads tensors."""
+    reader, wanted = CheckpointReader(path), {KEY: torch.zeros(4, 8)}
+    (path / METADATA).write_bytes(hostile_bytes("pickle", tmp_path / "marker"))
+    torch_checkpoint.load(wanted, storage_reader=reader, no_dist=True)
+    assert torch.equal(wanted[KEY], weights_of(tree_of({}))[KEY])
+    assert not (tmp_path / "marker").exists()
 
 
 def test_links_are_refused(path: Path, tmp_path: Path) -> None:
