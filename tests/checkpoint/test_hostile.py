@@ -3,7 +3,6 @@
 The manifest's hashes fit, as those of somebody would who can change one file and therefore any.
 """
 
-import importlib.util
 import pickle
 from pathlib import Path
 from types import ModuleType
@@ -27,16 +26,6 @@ from tests.checkpoint.small import FILES, hostile_bytes, make_checkpoint, plant
 
 IGNORED = {"common.pt", "metadata.json"}
 ROUTER = "model.decoder.layers.0.mlp.router.weight"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("kind", ["pickle", "zip"])
