@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -33,6 +34,8 @@ from adamoe_dist.checkpoint.manifest import OTHER_CHECKPOINT, read_manifest
 from adamoe_dist.errors import UserError
 
 METADATA = ".metadata"
+COMMON_STATE = "common_state/shard_0_1"
+"""Megatron-core's own object, which older versions keep in common.pt. It is never read here."""
 LONGEST_REASON = 120
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 _NOT_AN_INDEX = (
@@ -80,9 +83,22 @@ def read_index(path: Path) -> dict[str, TensorEntry]:
         UserError: the index cannot be read, would run code, holds anything but tensors, does not place every part of
             each, or points to a file that is not one of the checkpoint's.
     """
+    return _read(path)[0]
+
+
+def read_common_state_place(path: Path) -> Block | None:
+    """Return where Megatron-core's own object is, for an index that is to name it still; None where there is none.
+
+    Raises:
+        UserError: see :func:`read_index`.
+    """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, TensorEntry], Block | None]:
     file = path / METADATA
     try:
-        index = _entries(_IndexReader(io.BytesIO(file.read_bytes())).load())
+        index, common = _entries(_IndexReader(io.BytesIO(file.read_bytes())).load())
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {OTHER_CHECKPOINT}") from None
     except _NOT_AN_INDEX as problem:
@@ -92,16 +108,16 @@ def read_index(path: Path) -> dict[str, TensorEntry]:
     sizes = {name: entry["bytes"] for name, entry in read_manifest(path)["files"].items()}
     if METADATA not in sizes:
         raise UserError(f"{path} has a list of files without {METADATA}; {OTHER_CHECKPOINT}")
-    for key, entry in index.items():
-        for block in entry.blocks:
-            if block.file not in sizes:
-                raise UserError(
-                    f"{file} says that tensor {key} is in {block.file!r}, which is not among the checkpoint's files; "
-                    f"{OTHER_CHECKPOINT}"
-                )
-            if block.start + block.length > sizes[block.file]:
-                raise UserError(f"{file} says that tensor {key} is beyond the end of {block.file}; {OTHER_CHECKPOINT}")
-    return index
+    places = [(f"tensor {key}", block) for key, entry in index.items() for block in entry.blocks]
+    for name, block in [*places, *([(COMMON_STATE, common)] if common is not None else [])]:
+        if block.file not in sizes:
+            raise UserError(
+                f"{file} says that {name} is in {block.file!r}, which is not among the checkpoint's files; "
+                f"{OTHER_CHECKPOINT}"
+            )
+        if block.start + block.length > sizes[block.file]:
+            raise UserError(f"{file} says that {name} is beyond the end of {block.file}; {OTHER_CHECKPOINT}")
+    return index, common
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -113,10 +129,15 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: entry.shape for key, entry in read_index(path).items()}
 
 
-def write_index(path: Path, index: Index) -> None:
+def write_index(path: Path, index: Index, common_state: Block | None = None) -> None:
     """Write the index of the checkpoint directory ``path``, and to the disk under it."""
+    metadata = _torch_metadata(index)
+    if common_state is not None:
+        metadata.state_dict_metadata[COMMON_STATE] = BytesStorageMetadata()
+        info = _StorageInfo(common_state.file, common_state.start, common_state.length)
+        metadata.storage_data[MetadataIndex(COMMON_STATE)] = info
     with (path / METADATA).open("wb") as file:
-        pickle.dump(_torch_metadata(index), file)
+        pickle.dump(metadata, file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -234,22 +255,32 @@ class _IndexReader(pickle.Unpickler):
         return DTYPES[name] if module == "torch" and name in DTYPES else type(name, (_Record,), {"kind": name})
 
 
-def _entries(metadata: Any) -> dict[str, TensorEntry]:
-    """Check what was read and return it by name; any exception of the module's list means that it is not an index."""
+def _entries(metadata: Any) -> tuple[dict[str, TensorEntry], Block | None]:
+    """Check what was read and return tensors and common state; an exception of the module's list: it is no index."""
     records = _state(metadata, "Metadata")
+    tensors = dict(records["state_dict_metadata"])
+    has_common = getattr(tensors.pop(COMMON_STATE, None), "kind", "") == "BytesStorageMetadata"
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    common = None
     for place, info in records["storage_data"].items():
         index, stored = _state(place, "MetadataIndex"), _state(info, "_StorageInfo")
+        key = index["fqn"]
         if stored.get("transform_descriptors"):
-            raise ValueError(f"{index['fqn']} is stored in a form of its own")
-        (start, length) = _ints((stored["offset"], stored["length"]))
-        if (index["fqn"], _size(index["offset"])) in places:
-            raise ValueError(f"{index['fqn']} has two places for one part")
-        places[index["fqn"], _size(index["offset"])] = (_plain_name(stored["relative_path"]), start, length)
-    entries = {key: _entry(key, record, places) for key, record in records["state_dict_metadata"].items()}
+            raise ValueError(f"{key} is stored in a form of its own")
+        start, length = _ints((stored["offset"], stored["length"]))
+        where = _plain_name(stored["relative_path"]), start, length
+        if key == COMMON_STATE and has_common and common is None:
+            common = Block((), (), *where)
+            continue
+        if "offset" not in index:
+            raise ValueError(f"{key} is not a tensor")
+        if (key, _size(index["offset"])) in places:
+            raise ValueError(f"{key} has two places for one part")
+        places[key, _size(index["offset"])] = where
+    entries = {key: _entry(key, record, places) for key, record in tensors.items()}
     if places:
         raise ValueError(f"{next(iter(places))[0]} has a place and no shape")
-    return entries
+    return entries, common
 
 
 def _entry(key: Any, record: Any, places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]) -> TensorEntry:

@@ -25,7 +25,16 @@ from adamoe_dist.checkpoint.directory import (
     has_checkpoints,
     publish,
 )
-from adamoe_dist.checkpoint.index import METADATA, Block, Index, TensorEntry, read_index, read_tensor, write_index
+from adamoe_dist.checkpoint.index import (
+    METADATA,
+    Block,
+    Index,
+    TensorEntry,
+    read_common_state_place,
+    read_index,
+    read_tensor,
+    write_index,
+)
 from adamoe_dist.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -207,37 +216,45 @@ def _root(target: Path, step: int) -> Path:
 def bytes_to_copy(source: Path, change: Change) -> int:
     """Return how much :func:`set_null_experts` copies."""
     files = read_manifest(source)["files"]
-    kept = {key: entry for key, entry in read_index(source).items() if not _is_replaced(key, change)}
-    return sum(files[name]["bytes"] for name in _copied_files(files, kept))
+    return sum(files[name]["bytes"] for name in _copied_files(source, _kept(source, change)))
 
 
 def _fill(source: Path, unfinished: Path, manifest: dict[str, Any], change: Change, on_bytes: OnBytes | None) -> None:
-    index = read_index(source)
-    kept = {key: entry for key, entry in index.items() if not _is_replaced(key, change)}
+    kept = _kept(source, change)
     files = {}
-    for name in _copied_files(manifest["files"], kept):
+    for name in _copied_files(source, kept):
         files[name] = copy_file(source / name, unfinished / name, on_bytes)
         require_unchanged(source / name, files[name], manifest["files"][name])
     if change.null_init is not None:
         kept |= _write_new(unfinished / NEW_TENSORS, _new_tensors(unfinished, kept, change))
         files[NEW_TENSORS] = describe_file(unfinished / NEW_TENSORS)
-    write_index(unfinished, kept)
+    write_index(unfinished, kept, read_common_state_place(source))
     write_json(unfinished / CONFIG, change.tree)
     files |= {name: describe_file(unfinished / name) for name in (METADATA, CONFIG)}
     write_json(unfinished / MANIFEST, build_manifest(manifest["step"], manifest["layout"], files))
 
 
+def _kept(source: Path, change: Change) -> dict[str, TensorEntry]:
+    """Return the tensors that go over into the new checkpoint."""
+    return {key: entry for key, entry in read_index(source).items() if not _is_replaced(key, change)}
+
+
 def _is_replaced(key: str, change: Change) -> bool:
-    """Tell whether a tensor does not go over into the new checkpoint."""
+    """Tell whether a tensor goes, or makes room for a new one."""
     if change.num_null == 0:
         return _OF_NULL_EXPERTS.fullmatch(key) is not None
     return change.null_init is not None and _ROWS.fullmatch(key) is not None
 
 
-def _copied_files(files: dict[str, Any], kept: Index) -> list[str]:
+def _copied_files(source: Path, kept: Index) -> list[str]:
     """Return the files that go over: not those that are written anew, nor those whose tensors all go."""
+    common_state = read_common_state_place(source)
     needed = {block.file for entry in kept.values() for block in entry.blocks}
-    return [name for name in files if name in needed or (name not in (METADATA, CONFIG) and ".distcp" not in name)]
+    needed |= {common_state.file} if common_state is not None else set()
+    files = read_manifest(source)["files"]
+    return [
+        name for name in files if name in needed or (name not in (METADATA, CONFIG) and not name.endswith(".distcp"))
+    ]
 
 
 def _new_tensors(path: Path, index: Index, change: Change) -> Iterator[tuple[str, Tensor]]:

@@ -3,13 +3,21 @@
 import io
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adamoe_dist.checkpoint.directory import directory_name
-from adamoe_dist.checkpoint.index import METADATA, Block, TensorEntry, write_index
+from adamoe_dist.checkpoint.index import (
+    METADATA,
+    Block,
+    TensorEntry,
+    read_common_state_place,
+    read_index,
+    write_index,
+)
 from adamoe_dist.checkpoint.manifest import CONFIG, MANIFEST, STATE, build_manifest, describe_file, write_json
 from adamoe_dist.config import config_from_dict
 from tests.distributed.cases import merged
@@ -104,9 +112,7 @@ def hostile_bytes(kind: str, marker: Path) -> bytes:
 
 def plant(path: Path, name: str, content: bytes) -> None:
     """Put ``content`` in the place of a file; where that has tensors, have the index say that one is all of it."""
-    from adamoe_dist.checkpoint.index import read_index
-
-    index = read_index(path)
+    index, common_state = read_index(path), read_common_state_place(path)
     (path / name).write_bytes(content)
     if name.endswith(".distcp"):
         victim = next(key for key in sorted(index) if key.endswith("mlp.router.weight") and key.startswith("model."))
@@ -120,10 +126,11 @@ def plant(path: Path, name: str, content: bytes) -> None:
                 entries[key] = entry
             else:
                 blocks = tuple(
-                    Block(b.offsets, b.sizes, b.file, 0, len(content)) if b.file == name else b for b in entry.blocks
+                    replace(block, start=0, length=len(content)) if block.file == name else block
+                    for block in entry.blocks
                 )
                 entries[key] = TensorEntry(entry.shape, entry.dtype, blocks)
-        write_index(path, entries)
+        write_index(path, entries, common_state and replace(common_state, start=0, length=len(content)))
     if name != MANIFEST:
         sign(path)
 

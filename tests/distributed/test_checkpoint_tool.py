@@ -107,7 +107,7 @@ def test_damaged_and_hostile_checkpoints_are_not_loaded(ranks_of: RanksOf, tmp_p
         harm(paths[-1], other)
         expected.append(("__0_0.distcp", message))
     for kind in ("pickle", "zip"):
-        for name in FILES:
+        for name in (name for name in FILES if (source / name).exists()):
             paths.append(Path(shutil.copytree(source, tmp_path / f"{kind}_{name}" / source.name)))
             plant(paths[-1], name, hostile_bytes(kind, marker))
             expected.append((name, ""))
