@@ -27,9 +27,7 @@ from adamoe_dist.checkpoint.directory import (
 )
 from adamoe_dist.checkpoint.index import (
     METADATA,
-    Block,
     Index,
-    TensorEntry,
     read_common_state_place,
     read_index,
     read_tensor,
@@ -49,6 +47,7 @@ from adamoe_dist.checkpoint.manifest import (
     verify_files,
     write_json,
 )
+from adamoe_dist.checkpoint.records import Block, TensorEntry
 from adamoe_dist.checkpoint.tensors import moment_key, weight_key
 from adamoe_dist.checkpoint.zero import ADAM_MOMENTS
 from adamoe_dist.config import Config, config_from_dict, resolve

@@ -12,13 +12,12 @@ import torch
 from adamoe_dist.checkpoint.directory import directory_name
 from adamoe_dist.checkpoint.index import (
     METADATA,
-    Block,
-    TensorEntry,
     read_common_state_place,
     read_index,
     write_index,
 )
 from adamoe_dist.checkpoint.manifest import CONFIG, MANIFEST, STATE, build_manifest, describe_file, write_json
+from adamoe_dist.checkpoint.records import Block, TensorEntry
 from adamoe_dist.config import config_from_dict
 from tests.distributed.cases import merged
 

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 
 from adamoe_dist.checkpoint import find_checkpoint, verify_files
 from adamoe_dist.checkpoint.index import (
-    COMMON_STATE,
     METADATA,
     CheckpointReader,
     read_common_state_place,
@@ -21,6 +20,7 @@ from adamoe_dist.checkpoint.index import (
     read_tensor,
     write_index,
 )
+from adamoe_dist.checkpoint.records import COMMON_STATE
 from adamoe_dist.errors import UserError
 from tests.checkpoint.small import hostile_bytes, make_checkpoint, sign, tree_of, weights_of
 
