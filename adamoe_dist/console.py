@@ -32,8 +32,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ToolParser(argparse.ArgumentParser):
     """Reads a tool's command line; shows defaults in its help and refuses in one line, as all else does."""
 
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=_HelpFormatter)
+    def __init__(self, description: str, prog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.

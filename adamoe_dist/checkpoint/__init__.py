@@ -2,9 +2,11 @@
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
+from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
 from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes
 from adamoe_dist.checkpoint.snapshot import Snapshot, take_snapshot
@@ -15,17 +17,23 @@ __all__ = [
     "Retention",
     "SaveTimes",
     "Snapshot",
+    "bytes_to_copy",
+    "changed_keys",
     "check_compatible",
+    "checkpoint_at",
+    "describe_checkpoint",
     "find_checkpoint",
     "has_checkpoints",
     "load_checkpoint",
     "load_weights",
     "notes_on_cut",
+    "plan_null_experts",
     "read_config",
     "read_manifest",
     "read_state",
     "remove_leftovers",
     "save_checkpoint",
+    "set_null_experts",
     "take_snapshot",
     "verify_files",
     "write_snapshot",

@@ -15,6 +15,7 @@ from torch import Tensor
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import tensors as names
 from adamoe_dist.checkpoint.agreement import agreed, gathered
+from adamoe_dist.checkpoint.index import read_shapes
 from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.zero import ZeroState
 from adamoe_dist.errors import UserError
@@ -81,7 +82,7 @@ def _verified_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with agreed(f"verifying {path}"):
         files = sorted(read_manifest(path)["files"])
         verify_files(path, files[dist.get_rank() :: dist.get_world_size()])
-        shapes = names.read_shapes(path)
+        shapes = read_shapes(path)
     return shapes
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform as python_platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ STATE = "state.json"
 OTHER_CHECKPOINT = "choose another checkpoint"
 
 FileEntry = dict[str, Any]
+OnBytes = Callable[[int], object]
+"""Told how many bytes were read since it was last told: for a progress bar."""
+_CHUNK_BYTES = 1 << 22
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -30,11 +33,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def describe_file(path: Path) -> FileEntry:
+def describe_file(path: Path, on_bytes: OnBytes | None = None) -> FileEntry:
     """Return ``{"bytes", "sha256"}`` of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def copy_file(source: Path, target: Path, on_bytes: OnBytes | None = None) -> FileEntry:
+    """Copy a file to a new one, and to the disk under it; return :func:`describe_file` of what was copied."""
+    digest, copied = hashlib.sha256(), 0
+    with source.open("rb") as file, target.open("xb") as copy:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            copied += copy.write(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
+        copy.flush()
+        os.fsync(copy.fileno())
+    return {"bytes": copied, "sha256": digest.hexdigest()}
 
 
 def build_manifest(step: int, layout: dict[str, Any], files: dict[str, FileEntry]) -> dict[str, Any]:
@@ -62,7 +83,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint directory ``path``.
 
     Raises:
-        UserError: there is none, it cannot be read, lists no files, or is of another format version.
+        UserError: there is none, it cannot be read, lists no files or one that is elsewhere, or is of another format
+            version.
     """
     manifest = _read_json(path / MANIFEST)
     version = manifest.get("format_version")
@@ -74,6 +96,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
         raise UserError(f"{path / MANIFEST} has no list of files with sizes and hashes; {OTHER_CHECKPOINT}")
+    if type(manifest.get("step")) is not int or not isinstance(manifest.get("layout"), dict):
+        raise UserError(f"{path / MANIFEST} does not say of which step and layout it is; {OTHER_CHECKPOINT}")
+    for name in files:
+        if Path(name).name != name:
+            raise UserError(f"{path / MANIFEST} lists {name!r}, which is outside the checkpoint; {OTHER_CHECKPOINT}")
     return manifest
 
 
@@ -103,6 +130,8 @@ def find_incompleteness(path: Path) -> str | None:
         return str(problem)
     for name, entry in files.items():
         file = path / name
+        if file.is_symlink():
+            return f"{file} is a link to another file"
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != entry["bytes"]:
@@ -110,12 +139,13 @@ def find_incompleteness(path: Path) -> str | None:
     return None
 
 
-def verify_files(path: Path, names: Iterable[str] | None = None) -> None:
+def verify_files(path: Path, names: Iterable[str] | None = None, on_bytes: OnBytes | None = None) -> None:
     """Check the size and the hash of a checkpoint's files against its manifest.
 
     Args:
         path: the checkpoint directory.
         names: the files to check; None means all.
+        on_bytes: told of every part that was read.
 
     Raises:
         UserError: naming the first file that is missing or differs.
@@ -125,15 +155,25 @@ def verify_files(path: Path, names: Iterable[str] | None = None) -> None:
     if problem is not None:
         raise UserError(f"checkpoint {path} is incomplete: {problem}; {OTHER_CHECKPOINT}")
     for name in files if names is None else names:
-        if describe_file(path / name)["sha256"] != files[name]["sha256"]:
-            raise UserError(
-                f"{path / name} was changed or damaged after it was saved (sha256 differs from {MANIFEST}); "
-                f"{OTHER_CHECKPOINT}"
-            )
+        if name not in files:
+            raise UserError(f"{path / MANIFEST} does not list {name}; {OTHER_CHECKPOINT}")
+        require_unchanged(path / name, describe_file(path / name, on_bytes), files[name])
+
+
+def require_unchanged(file: Path, found: FileEntry, saved: FileEntry) -> None:
+    """Refuse a file that is not what the manifest says.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if found["sha256"] != saved["sha256"]:
+        raise UserError(
+            f"{file} was changed or damaged after it was saved (sha256 differs from {MANIFEST}); {OTHER_CHECKPOINT}"
+        )
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+    return isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} and isinstance(entry["bytes"], int)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -141,7 +181,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {OTHER_CHECKPOINT}") from None
-    except (OSError, ValueError) as problem:
+    except (OSError, RecursionError, ValueError) as problem:
         raise UserError(f"{path} cannot be read ({problem}); {OTHER_CHECKPOINT}") from problem
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object; {OTHER_CHECKPOINT}")

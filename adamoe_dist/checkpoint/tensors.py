@@ -6,8 +6,6 @@ of a layer are one tensor, stacked along axis 0 by global number. ``optimizer.st
 (ranks, n) uint8.
 """
 
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,18 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from adamoe_dist.checkpoint.agreement import CheckpointError, describe
-from adamoe_dist.errors import UserError
+from adamoe_dist.checkpoint.index import CheckpointReader
 from adamoe_dist.model import Part
 
-METADATA = ".metadata"
 COMMON = "common.pt"
 OPTIMIZER_STEP = "optimizer.step"
 
@@ -166,61 +162,26 @@ def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Ten
     """Read this rank's parts of tensors, in CPU memory; all ranks call it together.
 
     Args:
-        path: a checkpoint whose index :func:`read_shapes` has accepted.
-        tensors: descriptions by name.
+        path: a checkpoint directory whose files were verified.
+        tensors: descriptions by name; what they hold is overwritten.
+
+    Raises:
+        UserError: the index or a file with tensors is not what it should be.
     """
+    held: dict[str, list[ShardedTensor]] = {}
+    for part in tensors.values():
+        held.setdefault(part.key, []).append(part)
     try:
-        loaded = TorchDistLoadShardedStrategy().load(dict(tensors), path)
+        torch_checkpoint.load(
+            mcore_to_pyt_state_dict(held, is_loading=True),
+            storage_reader=CheckpointReader(path),
+            planner=MCoreLoadPlanner(
+                shapes_validation_sharded_tensors=list(tensors.values()),
+                flatten_state_dict=False,
+                flatten_sharded_tensors=False,
+            ),
+        )
     except CheckpointException as problem:
         failure = min(problem.failures)
         raise problem.failures[failure][0] from problem
-    return {key: loaded[key] for key in tensors}
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the whole shapes of a checkpoint's tensors by name.
-
-    Raises:
-        UserError: the index cannot be read, or would run code that it has no need of.
-    """
-    content = (path / METADATA).read_bytes()
-    try:
-        index = _IndexReader(io.BytesIO(content)).load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        ImportError,
-        IndexError,
-        TypeError,
-        ValueError,
-    ) as problem:
-        raise UserError(f"{path / METADATA} is not the index of a checkpoint ({problem}); choose another") from problem
-    entries = index.state_dict_metadata.items()
-    return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
-
-
-class _IndexReader(pickle.Unpickler):
-    """Reads the pickled index of a checkpoint, which names plain records only."""
-
-    ALLOWED = {  # noqa: RUF012
-        "torch": {"Size", "float32", "int64", "uint8"},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "pathlib": {"PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
+    return {key: part.data for key, part in tensors.items()}

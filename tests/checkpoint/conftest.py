@@ -1,7 +1,9 @@
 """Checkpoint directories without tensors: what the plain-file side of the room sees."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,3 +36,14 @@ def make(tmp_path: Path, tree: dict[str, Any]) -> Make:
         return path
 
     return make_one
+
+
+@pytest.fixture(scope="session")
+def tool() -> ModuleType:
+    """tools/convert_checkpoint.py, to be run in this process."""
+    path = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -190,7 +190,7 @@ def test_refusals(two: Ranks, one: Ranks, tmp_path: Path) -> None:
 
 
 def test_index_that_would_run_code_is_refused(one: Ranks, tmp_path: Path) -> None:
-    from adamoe_dist.checkpoint.tensors import read_shapes
+    from adamoe_dist.checkpoint.index import read_shapes
 
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(UserError, match=r"\.metadata is not the index of a checkpoint \(it refers to os\.system\)"):

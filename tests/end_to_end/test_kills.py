@@ -52,7 +52,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    from adamoe_dist.checkpoint.tensors import read_shapes
+    from adamoe_dist.checkpoint.index import read_shapes
 
     path = find_checkpoint("auto", run_dir / "checkpoints")
     assert path is not None and read_manifest(path)["step"] == STEPS
