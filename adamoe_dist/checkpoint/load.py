@@ -15,7 +15,7 @@ from torch import Tensor
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import tensors as names
 from adamoe_dist.checkpoint.agreement import agreed, gathered
-from adamoe_dist.checkpoint.index import read_shapes
+from adamoe_dist.checkpoint.index import CheckpointReader, read_shapes
 from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.zero import ZeroState
 from adamoe_dist.errors import UserError
@@ -150,11 +150,13 @@ def _read(path: Path, entries: list[_Entry]) -> None:
             size = 0
         batches[-1].append(entry)
         size += entry.nbytes
+    with agreed(f"reading the index of {path}"):
+        reader = CheckpointReader(path)
     for number in range(max(gathered(len(batches)))):  # reading is collective, and stages have different parts
         batch = batches[number] if number < len(batches) else []
         wanted = {name: part for entry in batch for name, part in entry.wanted.items()}
         with agreed(f"reading tensors from {path}"):
-            loaded = names.read_tensors(path, wanted)
+            loaded = names.read_tensors(reader, wanted)
         for entry in batch:
             entry.put(loaded)
 

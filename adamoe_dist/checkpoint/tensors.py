@@ -158,11 +158,11 @@ def write_format(path: Path) -> None:
     torch.save({}, path / COMMON)
 
 
-def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Tensor]:
+def read_tensors(reader: CheckpointReader, tensors: dict[str, ShardedTensor]) -> dict[str, Tensor]:
     """Read this rank's parts of tensors, in CPU memory; all ranks call it together.
 
     Args:
-        path: a checkpoint directory whose files were verified.
+        reader: of a checkpoint directory whose files were verified.
         tensors: descriptions by name; what they hold is overwritten.
 
     Raises:
@@ -174,7 +174,7 @@ def read_tensors(path: Path, tensors: dict[str, ShardedTensor]) -> dict[str, Ten
     try:
         torch_checkpoint.load(
             mcore_to_pyt_state_dict(held, is_loading=True),
-            storage_reader=CheckpointReader(path),
+            storage_reader=reader,
             planner=MCoreLoadPlanner(
                 shapes_validation_sharded_tensors=list(tensors.values()),
                 flatten_state_dict=False,
