@@ -64,13 +64,9 @@ class CheckpointWriter(Callback):
     def _report(self, trainer: Trainer) -> None:
         """Add what saving took to the next record."""
         times = self._saver.take_times()
-        for name, value in (
-            ("save_stall_s", times.stall_s),
-            ("save_write_s", times.write_s),
-            ("saves_failed", times.failed),
-        ):
-            if value:
-                trainer.extra_metrics[name] = trainer.extra_metrics.get(name, 0) + value
+        trainer.seconds["save_stall"] += times.stall_s
+        trainer.seconds["save_write"] += times.write_s
+        trainer.events["saves_failed"] += times.failed
 
 
 def layout(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -49,7 +49,7 @@ class Trainer:
         step: optimizer steps done.
         tokens_seen: tokens trained on, over all ranks.
         stop_signal: the signal that asked the run to stop, if any.
-        extra_metrics: what callbacks add to the next record.
+        seconds: what time went to since the last record, by the name of its metric without ``_s``.
         failure: why the numbers stop the run, if they do.
         events: what went wrong in this process so far, by the name of its metric.
         progress: marked at every forward pass and change of phase.
@@ -79,7 +79,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.stop_signal: signal.Signals | None = None
-        self.extra_metrics: dict[str, float | int] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self.failure: str | None = None
         self.events: Counter[str] = Counter()
         self.progress = progress or Progress()

@@ -114,7 +114,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     if trainer.engine.is_scaled:
         record["loss_scale"] = trainer.engine.loss_scale
         record["skipped_steps"] = trainer.engine.skipped_steps
-    record.update(trainer.events)
+    record.update({name: count for name, count in trainer.events.items() if count})
     return record, layers
 
 

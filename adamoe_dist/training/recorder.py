@@ -58,8 +58,8 @@ class Recorder(Callback):
         average_s = sum(self._seconds) / len(self._seconds)
         self._seconds = []
         record, layers = step_record(trainer, result, average_s)
-        record.update(trainer.extra_metrics)
-        trainer.extra_metrics.clear()
+        record.update({f"{name}_s": seconds for name, seconds in trainer.seconds.items() if seconds})
+        trainer.seconds.clear()
         logger.info("%s", progress_line(trainer, record))
         if is_validated:
             record.update(_validation_fields(self._validate(trainer)))
