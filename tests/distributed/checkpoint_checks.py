@@ -144,6 +144,19 @@ def load_after_steps(layout: Layout, path: Path, more: int) -> Outcome:
         return run.advance(range(step, step + more))
 
 
+def bytes_to_write(layout: Layout) -> tuple[int, dict[str, int]]:
+    """What this rank writes of weights and moments, and the whole tensors' sizes over all ranks."""
+    from adamoe_dist.checkpoint import take_snapshot
+    from adamoe_dist.checkpoint.agreement import gathered
+
+    with started(layout) as run:
+        tensors = take_snapshot(0, run.engine, {}, {}, {}).tensors
+        mine = [part for part in tensors.values() if part.key.startswith(("model.", "optimizer.exp"))]
+        sizes = {part.key: 4 * torch.Size(part.global_shape).numel() for part in mine}
+        whole = {key: size for other in gathered(sizes) for key, size in other.items()}
+        return sum(part.data.nbytes for part in mine if part.data is not None), whole
+
+
 def fail_while_saving(layout: Layout, root: Path) -> str:
     """Save step 1; fail on rank 1 while saving step 2; return what each rank raised. Then save step 3."""
     with started(layout) as run:

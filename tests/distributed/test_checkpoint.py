@@ -151,6 +151,15 @@ def test_failure_of_one_rank_leaves_the_last_checkpoint(two: Ranks, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "latest_checkpointed_iteration.txt"]
 
 
+def test_ranks_write_equally_much_and_each_tensor_once(ranks_of, tmp_path: Path) -> None:
+    """Experts over two ranks each, dense weights over all four, in three sizes: weights and moments."""
+    written = ranks_of(4).run(checks.bytes_to_write, Layout(expert_parallel=2))
+    total = sum(written[0][1].values())
+    assert all(sizes == written[0][1] for _, sizes in written)
+    assert sum(held for held, _ in written) == total
+    assert max(held for held, _ in written) < 1.1 * total / 4, written
+
+
 def test_load_weights_gives_the_same_logits_and_a_fresh_optimizer(two: Ranks, tmp_path: Path) -> None:
     layout = Layout(expert_parallel=2)
     expected = two.run(checks.logits_after_training, layout, tmp_path)[1]
