@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from adamoe_dist.checkpoint.manifest import OTHER_CHECKPOINT, read_manifest
-from adamoe_dist.checkpoint.records import COMMON_STATE, NOT_AN_INDEX, Block, TensorEntry, entries_of
+from adamoe_dist.checkpoint.records import NOT_AN_INDEX, TensorEntry, entries_of
 from adamoe_dist.errors import UserError
 
 METADATA = ".metadata"
@@ -46,22 +45,9 @@ def read_index(path: Path) -> dict[str, TensorEntry]:
         UserError: the index cannot be read, would run code, holds anything but tensors, does not place every part of
             each, or points to a file that is not one of the checkpoint's.
     """
-    return _read(path)[0]
-
-
-def read_common_state_place(path: Path) -> Block | None:
-    """Return where Megatron-core's own object is, for an index that is to name it still; None where there is none.
-
-    Raises:
-        UserError: see :func:`read_index`.
-    """
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[dict[str, TensorEntry], Block | None]:
     file = path / METADATA
     try:
-        index, common = entries_of(file.read_bytes())
+        index = entries_of(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {OTHER_CHECKPOINT}") from None
     except NOT_AN_INDEX as problem:
@@ -71,16 +57,15 @@ def _read(path: Path) -> tuple[dict[str, TensorEntry], Block | None]:
     sizes = {name: entry["bytes"] for name, entry in read_manifest(path)["files"].items()}
     if METADATA not in sizes:
         raise UserError(f"{path} has a list of files without {METADATA}; {OTHER_CHECKPOINT}")
-    places = [(f"tensor {key}", block) for key, entry in index.items() for block in entry.blocks]
-    for name, block in [*places, *([(COMMON_STATE, common)] if common is not None else [])]:
+    for key, block in ((key, block) for key, entry in index.items() for block in entry.blocks):
         if block.file not in sizes:
             raise UserError(
-                f"{file} says that {name} is in {block.file!r}, which is not among the checkpoint's files; "
+                f"{file} says that tensor {key} is in {block.file!r}, which is not among the checkpoint's files; "
                 f"{OTHER_CHECKPOINT}"
             )
         if block.start + block.length > sizes[block.file]:
-            raise UserError(f"{file} says that {name} is beyond the end of {block.file}; {OTHER_CHECKPOINT}")
-    return index, common
+            raise UserError(f"{file} says that tensor {key} is beyond the end of {block.file}; {OTHER_CHECKPOINT}")
+    return index
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -92,15 +77,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: entry.shape for key, entry in read_index(path).items()}
 
 
-def write_index(path: Path, index: Index, common_state: Block | None = None) -> None:
+def write_index(path: Path, index: Index) -> None:
     """Write the index of the checkpoint directory ``path``, and to the disk under it."""
-    metadata = _torch_metadata(index)
-    if common_state is not None:
-        metadata.state_dict_metadata[COMMON_STATE] = BytesStorageMetadata()
-        info = _StorageInfo(common_state.file, common_state.start, common_state.length)
-        metadata.storage_data[MetadataIndex(COMMON_STATE)] = info
     with (path / METADATA).open("wb") as file:
-        pickle.dump(metadata, file)
+        pickle.dump(_torch_metadata(index), file)
         file.flush()
         os.fsync(file.fileno())
 

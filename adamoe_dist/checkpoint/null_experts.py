@@ -28,7 +28,6 @@ from adamoe_dist.checkpoint.directory import (
 from adamoe_dist.checkpoint.index import (
     METADATA,
     Index,
-    read_common_state_place,
     read_index,
     read_tensor,
     write_index,
@@ -227,7 +226,7 @@ def _fill(source: Path, unfinished: Path, manifest: dict[str, Any], change: Chan
     if change.null_init is not None:
         kept |= _write_new(unfinished / NEW_TENSORS, _new_tensors(unfinished, kept, change))
         files[NEW_TENSORS] = describe_file(unfinished / NEW_TENSORS)
-    write_index(unfinished, kept, read_common_state_place(source))
+    write_index(unfinished, kept)
     write_json(unfinished / CONFIG, change.tree)
     files |= {name: describe_file(unfinished / name) for name in (METADATA, CONFIG)}
     write_json(unfinished / MANIFEST, build_manifest(manifest["step"], manifest["layout"], files))
@@ -247,9 +246,7 @@ def _is_replaced(key: str, change: Change) -> bool:
 
 def _copied_files(source: Path, kept: Index) -> list[str]:
     """Return the files that go over: not those that are written anew, nor those whose tensors all go."""
-    common_state = read_common_state_place(source)
     needed = {block.file for entry in kept.values() for block in entry.blocks}
-    needed |= {common_state.file} if common_state is not None else set()
     files = read_manifest(source)["files"]
     return [
         name for name in files if name in needed or (name not in (METADATA, CONFIG) and not name.endswith(".distcp"))

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-COMMON_STATE = "common_state/shard_0_1"
-"""Megatron-core's own object, which older versions keep in common.pt. It is never read here."""
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 NOT_AN_INDEX = (
     pickle.UnpicklingError,
@@ -50,8 +48,8 @@ class TensorEntry:
     blocks: tuple[Block, ...]
 
 
-def entries_of(content: bytes) -> tuple[dict[str, TensorEntry], Block | None]:
-    """Return the tensors of a pickled index by name, and where Megatron-core's own object is, if there is one.
+def entries_of(content: bytes) -> dict[str, TensorEntry]:
+    """Return the tensors of a pickled index by name.
 
     Whatever of :data:`NOT_AN_INDEX` is raised means that it is no index, or one that does not hold together.
     """
@@ -96,12 +94,9 @@ class _IndexReader(pickle.Unpickler):
         return DTYPES[name] if module == "torch" and name in DTYPES else type(name, (_Record,), {"kind": name})
 
 
-def _entries(metadata: Any) -> tuple[dict[str, TensorEntry], Block | None]:
+def _entries(metadata: Any) -> dict[str, TensorEntry]:
     records = _state(metadata, "Metadata")
-    tensors = dict(records["state_dict_metadata"])
-    has_common = getattr(tensors.pop(COMMON_STATE, None), "kind", "") == "BytesStorageMetadata"
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
-    common = None
     for place, info in records["storage_data"].items():
         index, stored = _state(place, "MetadataIndex"), _state(info, "_StorageInfo")
         key = index["fqn"]
@@ -109,18 +104,15 @@ def _entries(metadata: Any) -> tuple[dict[str, TensorEntry], Block | None]:
             raise ValueError(f"{key} is stored in a form of its own")
         start, length = _ints((stored["offset"], stored["length"]))
         where = _plain_name(stored["relative_path"]), start, length
-        if key == COMMON_STATE and has_common and common is None:
-            common = Block((), (), *where)
-            continue
         if "offset" not in index:
             raise ValueError(f"{key} is not a tensor")
         if (key, _size(index["offset"])) in places:
             raise ValueError(f"{key} has two places for one part")
         places[key, _size(index["offset"])] = where
-    entries = {key: _entry(key, record, places) for key, record in tensors.items()}
+    entries = {key: _entry(key, record, places) for key, record in records["state_dict_metadata"].items()}
     if places:
         raise ValueError(f"{next(iter(places))[0]} has a place and no shape")
-    return entries, common
+    return entries
 
 
 def _entry(key: Any, record: Any, places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]) -> TensorEntry:

@@ -12,7 +12,6 @@ import torch
 from adamoe_dist.checkpoint.directory import directory_name
 from adamoe_dist.checkpoint.index import (
     METADATA,
-    read_common_state_place,
     read_index,
     write_index,
 )
@@ -111,7 +110,7 @@ def hostile_bytes(kind: str, marker: Path) -> bytes:
 
 def plant(path: Path, name: str, content: bytes) -> None:
     """Put ``content`` in the place of a file; where that has tensors, have the index say that one is all of it."""
-    index, common_state = read_index(path), read_common_state_place(path)
+    index = read_index(path)
     (path / name).write_bytes(content)
     if name.endswith(".distcp"):
         victim = next(key for key in sorted(index) if key.endswith("mlp.router.weight") and key.startswith("model."))
@@ -129,7 +128,7 @@ def plant(path: Path, name: str, content: bytes) -> None:
                     for block in entry.blocks
                 )
                 entries[key] = TensorEntry(entry.shape, entry.dtype, blocks)
-        write_index(path, entries, common_state and replace(common_state, start=0, length=len(content)))
+        write_index(path, entries)
     if name != MANIFEST:
         sign(path)
 

@@ -15,12 +15,10 @@ from adamoe_dist.checkpoint import find_checkpoint, verify_files
 from adamoe_dist.checkpoint.index import (
     METADATA,
     CheckpointReader,
-    read_common_state_place,
     read_index,
     read_tensor,
     write_index,
 )
-from adamoe_dist.checkpoint.records import COMMON_STATE
 from adamoe_dist.errors import UserError
 from tests.checkpoint.small import hostile_bytes, make_checkpoint, sign, tree_of, weights_of
 
@@ -157,30 +155,6 @@ def test_index_that_does_not_hold_together(path: Path, metadata: records.Metadat
     with pytest.raises(UserError, match=r"\.metadata") as caught:
         read_index(path)
     assert "\n" not in str(caught.value)
-
-
-def test_megatrons_own_object_is_named_and_not_read(path: Path, metadata: records.Metadata, tmp_path: Path) -> None:
-    """Newer versions put it into the index; it is of no use here, and stays where it is."""
-    bomb = hostile_bytes("zip", tmp_path / "marker")
-    (path / "__0_0.distcp").write_bytes((path / "__0_0.distcp").read_bytes() + bomb)
-    start = (path / "__0_0.distcp").stat().st_size - len(bomb)
-    metadata.state_dict_metadata[COMMON_STATE] = records.BytesStorageMetadata()
-    metadata.storage_data[records.MetadataIndex(COMMON_STATE)] = _StorageInfo("__0_0.distcp", start, len(bomb))
-    rewrite(path, metadata)
-    index = read_index(path)
-    assert COMMON_STATE not in index
-    write_index(path, index, read_common_state_place(path))
-    again = FileSystemReader(path).read_metadata()
-    assert again.state_dict_metadata == metadata.state_dict_metadata
-    assert again.storage_data == metadata.storage_data
-    wanted = {key: torch.zeros(entry.shape, dtype=entry.dtype) for key, entry in index.items()}
-    torch_checkpoint.load(wanted, storage_reader=CheckpointReader(path), no_dist=True)
-    assert not (tmp_path / "marker").exists()
-    for place, message in (("../x", "not the name of a file"), ("x", "not among the checkpoint's files")):
-        metadata.storage_data[records.MetadataIndex(COMMON_STATE)].relative_path = place
-        rewrite(path, metadata)
-        with pytest.raises(UserError, match=message):
-            read_index(path)
 
 
 @pytest.mark.parametrize(
