@@ -23,7 +23,14 @@ def train(workspace: Path, *arguments: str) -> None:
 
 
 def test_a_vanilla_run_goes_on_with_null_experts(workspace: Path) -> None:
-    train(workspace, "run.dir=runs/vanilla", "train.steps=2", "moe.num_null_experts=0", "moe.top_k=2")
+    train(
+        workspace,
+        "run.dir=runs/vanilla",
+        "train.steps=2",
+        "schedule.total_steps=8",
+        "moe.num_null_experts=0",
+        "moe.top_k=2",
+    )
     asked = ["--num-null-experts", "8", "--top-k", "3"]
     done = convert(workspace, "set-null-experts", "--from", "runs/vanilla", "--to", "runs/converted", *asked)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -32,7 +39,7 @@ def test_a_vanilla_run_goes_on_with_null_experts(workspace: Path) -> None:
     prefix, settings = remedy.split(": ", 1)
     assert prefix == "continue with"
     assert settings.startswith("checkpoint.resume=runs/converted/iter_0000002 moe.num_null_experts=8 moe.top_k=3")
-    train(workspace, "run.dir=runs/adaptive", "train.steps=4", *settings.split())
+    train(workspace, "run.dir=runs/adaptive", "train.steps=4", "schedule.total_steps=8", *settings.split())
     before, after = metrics_of(workspace / "runs" / "vanilla"), metrics_of(workspace / "runs" / "adaptive")
     assert [line["step"] for line in after] == [3, 4]
     assert after[0]["tokens_seen"] == before[-1]["tokens_seen"] * 3 // 2

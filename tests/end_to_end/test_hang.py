@@ -54,7 +54,8 @@ def test_a_stopped_rank_is_named_and_the_run_ends(start, tmp_path: Path, launche
     (done,) = run.finish(ranks)
     assert HANG_TIMEOUT_S < time.monotonic() - stopped_at < ALLOWED_S
     assert done.returncode == 1
-    (line,) = done.errors
+    assert len(done.errors) == 1, "\n".join(done.errors)
+    line = done.errors[0]
     assert line.startswith(f"error: rank {victim} on ") and "hangs (no progress for " in line
     assert "does not answer" in line
     if victim == 1:
@@ -73,7 +74,8 @@ def test_a_loop_without_end_is_named_by_its_line_and_slow_steps_are_not(start, t
     (done,) = run.finish({}, timeout_s=150)
     assert done.returncode == 1
     assert "step 5/" in done.stdout
-    (line,) = done.errors
+    assert len(done.errors) == 1, "\n".join(done.errors)
+    line = done.errors[0]
     number = LOOPING.splitlines().index("        while steps == 7:") + 1
     assert line.startswith("error: rank 1 on ") and "is not in a collective: " in line
     assert any(f"looping.py:{n} in next_step" in line for n in (number, number + 1))
