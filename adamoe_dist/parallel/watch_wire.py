@@ -115,8 +115,14 @@ class Client:
 
     def _pulse(self, hang_timeout_s: float) -> None:
         """Speak of progress; see that rank 0, which would notice any other rank that hangs, does not hang itself."""
+        pause_s = min(PULSE_S, hang_timeout_s / 2)
         while not self._is_done:
-            time.sleep(min(PULSE_S, hang_timeout_s / 2))
+            began = time.monotonic()
+            time.sleep(pause_s)
+            if (
+                time.monotonic() > began + pause_s + PULSE_S
+            ):  # this process was stopped: what rank 0 said is yet to be read
+                self._heard_at = time.monotonic()
             if not self._progress.count:
                 continue
             self._progress.note_traffic()
