@@ -46,7 +46,7 @@ MOVES = [
     ("stage 2", "stage 3"),
     ("stage 3", "expert 2"),
 ]
-QUICK = [("expert 2", "expert 4"), ("tensor 2", "alone"), ("pipeline 2", "alone, 4 layers"), ("stage 2", "stage 3")]
+QUICK = [("tensor 2", "alone"), ("pipeline 2", "alone, 4 layers"), ("stage 2", "stage 3")]
 """Data 2 to alone is in the test of the data's order."""
 
 
@@ -84,7 +84,7 @@ def test_moved_run_is_the_unbroken_one_and_comes_back_with_the_same_bits(
     assert all(torch.equal(back.biases[name], bias) for name, bias in expected.biases.items())
 
 
-@pytest.mark.parametrize(("there", "here"), quick([("bf16", "fp32"), ("fp32", "bf16")], [("bf16", "fp32")]))
+@pytest.mark.parametrize(("there", "here"), quick([("bf16", "fp32"), ("fp32", "bf16")], []))
 def test_precision_may_change_and_change_back(ranks_of: Any, tmp_path: Path, there: str, here: str) -> None:
     """What the other precision loads is what was saved: masters, moments and biases to the bit. It trains on nearby."""
     layout = Layout(expert_parallel=2, stage=1, precision=there, changes=HELD)

@@ -53,6 +53,7 @@ def test_a_bad_step_on_one_rank_leaves_no_trace_on_any(ranks_of, stage, precisio
         assert reference["updates"] == 4
 
 
+@pytest.mark.slow
 def test_the_very_first_step_may_be_bad(ranks_of):
     changes = staged({}, 1)
     expected = ranks_of(2).run(run_spoiled, changes, "bf16", "left_out", range(1))

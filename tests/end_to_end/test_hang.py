@@ -65,6 +65,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(start, tmp_path: Path, launche
         assert heartbeat["phase"] == "stopped" and heartbeat["exit_code"] == 1 and heartbeat["step"] >= 5
 
 
+@pytest.mark.slow
 def test_a_loop_without_end_is_named_by_its_line_and_slow_steps_are_not(start, tmp_path: Path) -> None:
     """Three steps take 3/4 of the timeout each, more than it together."""
     script = tmp_path / "looping.py"

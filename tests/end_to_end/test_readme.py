@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import REPOSITORY, Finished, free_port, run_command
+from tests.end_to_end.conftest import REPOSITORY, Finished, environment_of_commands, free_port, run_command
 
 pytestmark = pytest.mark.end_to_end
 
@@ -123,9 +123,20 @@ def test_own_text_commands(checkout) -> None:
 
 def test_tensorboard_command_serves_the_run(checkout) -> None:
     command = only(covered("tensorboard.main")) + f" --port {free_port()}"
-    process = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=checkout, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=checkout,
+        env=environment_of_commands({}),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
-        assert any("TensorBoard" in line for line in iter(process.stderr.readline, ""))
+        said = []
+        for line in iter(process.stderr.readline, ""):
+            said.append(line)
+            if "TensorBoard" in line:
+                return
+        raise AssertionError("".join(said))
     finally:
         process.terminate()
         process.wait(timeout=20)
