@@ -153,12 +153,17 @@ def _read(path: Path, entries: list[_Entry]) -> None:
     with agreed(f"reading the index of {path}"):
         reader = CheckpointReader(path)
     for number in range(max(gathered(len(batches)))):  # reading is collective, and stages have different parts
-        batch = batches[number] if number < len(batches) else []
-        wanted = {name: part for entry in batch for name, part in entry.wanted.items()}
-        with agreed(f"reading tensors from {path}"):
-            loaded = names.read_tensors(reader, wanted)
-        for entry in batch:
-            entry.put(loaded)
+        _read_batch(path, reader, batches[number] if number < len(batches) else [])
+
+
+def _read_batch(path: Path, reader: CheckpointReader, batch: list[_Entry]) -> None:
+    wanted = {name: part for entry in batch for name, part in entry.wanted.items()}
+    with agreed(f"reading tensors from {path}"):
+        loaded = names.read_tensors(reader, wanted)
+    for entry in batch:
+        entry.put(loaded)
+        for part in entry.wanted.values():
+            part.data = None  # reading put it there, and the entry outlives the batch
 
 
 def _finish(zero: ZeroState, engine: TrainingEngine) -> None:

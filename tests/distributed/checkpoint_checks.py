@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,27 @@ def bytes_to_write(layout: Layout) -> tuple[int, dict[str, int]]:
         sizes = {part.key: 4 * torch.Size(part.global_shape).numel() for part in mine}
         whole = {key: size for other in gathered(sizes) for key, size in other.items()}
         return sum(part.data.nbytes for part in mine if part.data is not None), whole
+
+
+def batches_of_a_load(layout: Layout, path: Path) -> list[int]:
+    """For each batch of a load, how many of the tensors of the one before are still there when it begins."""
+    from adamoe_dist.checkpoint import load_checkpoint, tensors
+
+    still_there, before, original = [], [], tensors.read_tensors
+
+    def read(*arguments: Any) -> dict[str, torch.Tensor]:
+        still_there.append(sum(tensor() is not None for tensor in before))
+        loaded = original(*arguments)
+        before[:] = [weakref.ref(tensor) for tensor in loaded.values()]
+        return loaded
+
+    with started(layout) as run:
+        tensors.read_tensors = read
+        try:
+            load_checkpoint(path, run.engine)
+        finally:
+            tensors.read_tensors = original
+        return still_there
 
 
 def fail_while_saving(layout: Layout, root: Path) -> str:

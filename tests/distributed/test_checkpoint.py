@@ -160,6 +160,13 @@ def test_ranks_write_equally_much_and_each_tensor_once(ranks_of, tmp_path: Path)
     assert max(held for held, _ in written) < 1.1 * total / 4, written
 
 
+def test_a_load_holds_one_batch_at_a_time(two: Ranks, tmp_path: Path) -> None:
+    layout = Layout(expert_parallel=2)
+    two.run(checks.train_and_save, layout, tmp_path, 1, 0)
+    for still_there in two.run(checks.batches_of_a_load, layout, tmp_path / "iter_0000001"):
+        assert len(still_there) > 3 and not any(still_there), still_there
+
+
 def test_load_weights_gives_the_same_logits_and_a_fresh_optimizer(two: Ranks, tmp_path: Path) -> None:
     layout = Layout(expert_parallel=2)
     expected = two.run(checks.logits_after_training, layout, tmp_path)[1]
