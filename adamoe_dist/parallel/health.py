@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,6 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from adamoe_dist.model import canonical_buffers
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
-
-if TYPE_CHECKING:
-    from adamoe_dist.parallel.engine import TrainingEngine
 
 
 @contextlib.contextmanager
@@ -62,15 +59,14 @@ def forget_gradients(optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def has_finite_weights(engine: "TrainingEngine") -> bool:
-    """Return whether all master weights and saved buffers of all ranks are finite. Collective over all ranks."""
-    zero: Any = engine.deepspeed.optimizer
+def has_finite_weights(zero: Any, model: torch.nn.Module) -> bool:
+    """Return whether all masters in ``zero`` and saved buffers of all ranks are finite. Collective over all ranks."""
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         masters = list(zero.fp32_partitioned_groups_flat)
     else:
         masters = [master for group in zero.optimizer.param_groups for master in group["params"]]
-    held = [*masters, *canonical_buffers(engine.model).values()]
-    device = next(engine.model.parameters()).device
+    held = [*masters, *canonical_buffers(model).values()]
+    device = next(model.parameters()).device
     bad = torch.tensor(sum(not bool(tensor.isfinite().all()) for tensor in held), device=device)
     dist.all_reduce(bad)
     return int(bad) == 0

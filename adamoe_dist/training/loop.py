@@ -175,7 +175,7 @@ class Trainer:
         self._bad_in_a_row += 1
         allowed = self.config.train.max_bad_steps
         message = f"{finding}; its batch is {self.batches.describe(first_sample)}"
-        if not has_finite_weights(self.engine):
+        if not has_finite_weights(self.engine.deepspeed.optimizer, self.model):
             raise NumericalError(
                 f"{message}; weights are not finite, so nothing is saved; lower optimizer.learning_rate or resume from "
                 "the last checkpoint"
