@@ -45,9 +45,13 @@ class JsonlWriter:
     """One JSON object a line, flushed."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open ``path`` to add to; lines of steps after ``first_step`` (of a run that stopped later) are dropped."""
+        """Open ``path`` to add to.
+
+        Lines of steps after ``first_step`` (of a run that stopped later) are dropped, and all where it is 0: such a run
+        begins anew, with its first validation.
+        """
         kept = []
-        if path.exists():
+        if path.exists() and first_step:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
         self._file = path.open("w", encoding="utf-8")
         self._file.writelines(line + "\n" for line in kept)

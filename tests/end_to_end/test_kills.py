@@ -37,7 +37,8 @@ def kill(pids: list[int]) -> None:
 
 
 def steps_in(folder: Path) -> int:
-    return (folder / "out0").read_text().count("\nstep ")
+    output = folder / "out0"
+    return output.read_text().count("\nstep ") if output.exists() else 0  # it is the rank that makes it
 
 
 def wait_for_step(folder: Path, pids: list[int], count: int) -> None:
@@ -81,11 +82,11 @@ def test_whoever_is_killed_and_whenever_the_run_goes_on_and_ends_as_if_nothing_h
     draw = random.Random(20 + kills)
     run_dir, ended = workspace / "runs" / f"killed{kills}-0", 0
     for number in range(kills):
-        before = find_checkpoint("auto", run_dir / "checkpoints")
+        before = step_of(find_checkpoint("auto", run_dir / "checkpoints"))
         folder = tmp_path / f"{number}"
         background = draw.choice(["true", "false"])
         pids = nursery.start(folder, *OVERRIDES, f"run.dir={run_dir}", f"checkpoint.asynchronous={background}")
-        if before is None or read_manifest(before)["step"] < STEPS - 2:
+        if before < STEPS - 2:
             wait_for_step(folder, pids, 1)
         time.sleep(draw.uniform(0, 0.6))
         kill(draw.choice([pids, pids[:1], pids[1:]]))
@@ -93,15 +94,18 @@ def test_whoever_is_killed_and_whenever_the_run_goes_on_and_ends_as_if_nothing_h
         kill(pids)
         nursery.codes()
         after = find_checkpoint("auto", run_dir / "checkpoints")
-        if before is not None:
-            assert after is not None and read_manifest(after)["step"] >= read_manifest(before)["step"]
+        assert step_of(after) >= before
         if after is not None:
             verify_files(after)
-            if read_manifest(after)["step"] >= STEPS - 2:
+            if step_of(after) >= STEPS - 2:
                 ended += 1
                 finish(nursery, tmp_path / f"end{ended}", run_dir, expected, metrics)
                 run_dir = workspace / "runs" / f"killed{kills}-{ended}"
     finish(nursery, tmp_path / "end", run_dir, expected, metrics)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(read_manifest(checkpoint)["step"])
 
 
 def finish(

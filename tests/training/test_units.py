@@ -76,7 +76,7 @@ def test_what_is_not_finite_is_null_in_json(tmp_path) -> None:
 
 def test_a_new_run_starts_an_empty_file(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10}\n')
+    path.write_text('{"step": 0}\n{"step": 10}\n')
     JsonlWriter(path, first_step=0).close()
     assert path.read_text() == ""
 
