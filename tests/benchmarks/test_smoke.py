@@ -120,6 +120,7 @@ def test_gpu_command_says_what_is_missing(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_memory(tmp_path: Path) -> None:
     sizes = ["--hidden", "32", "--layers", "1", "--length", "32", "--ranks", "1", "--precisions", "fp32"]

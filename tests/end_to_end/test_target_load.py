@@ -25,6 +25,7 @@ def loads_of(run_dir: Path) -> dict[str, np.ndarray]:
     return {tag: np.array([event.value for event in events.Scalars(tag)]) for tag in tags}
 
 
+@pytest.mark.slow
 def test_a_held_run_resumes_bit_for_bit_and_reports_its_error(workspace) -> None:
     held = ["--config", "small.yaml", "moe.router.target_load=1.2", "train.steps=20", "schedule.total_steps=40"]
     goal = ["train.steps=40", "checkpoint.resume=auto"]
