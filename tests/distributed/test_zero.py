@@ -161,7 +161,8 @@ def test_deepspeed_cpu_adam_trains_alike(ranks_of, stage):
     expected = known(ranks_of, 2, staged(COMMON, stage), 1, 2)
     offload = {"zero": {"offload_optimizer": True}, "optimizer": {"implementation": "deepspeed_cpu"}}
     outcome = ranks_of(2).run(train, merged(staged(COMMON, stage), offload), 1, 2)[0]
-    assert outcome.losses == expected.losses and outcome.norms == expected.norms
+    assert outcome.losses == expected.losses
+    assert outcome.norms == pytest.approx(expected.norms, rel=2.0**-23)  # stage 3: the last bit differs
     rate, rounding = COMMON["optimizer"]["learning_rate"], 2.0**-24
     for name, weight in expected.weights.items():
         assert torch.equal(outcome.gradients[name], expected.gradients[name]), name
