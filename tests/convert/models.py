@@ -8,36 +8,36 @@ import torch
 from torch import Tensor
 
 VOCAB = 100
-COMMON: dict[str, Any] = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
-    max_position_embeddings=64,
-)
+COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}
 SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": dict(
-        intermediate_size=64,
-        moe_intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        head_dim=16,
-        norm_topk_prob=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    ),
-    "olmoe": dict(intermediate_size=24, num_experts=4, num_experts_per_tok=3, eos_token_id=2),
-    "qwen2_moe": dict(
-        intermediate_size=64,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=40,
-        num_experts=4,
-        num_experts_per_tok=2,
-    ),
-    "llama": dict(intermediate_size=64),
-    "mistral": dict(intermediate_size=64, sliding_window=None, head_dim=16),
-    "qwen3": dict(intermediate_size=64, head_dim=16),
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "olmoe": {"intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 3, "eos_token_id": 2},
+    "qwen2_moe": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "llama": {"intermediate_size": 64},
+    "mistral": {"intermediate_size": 64, "sliding_window": None, "head_dim": 16},
+    "qwen3": {"intermediate_size": 64, "head_dim": 16},
 }
 DEEPSEEK: dict[str, Any] = dict(
     COMMON,
@@ -104,7 +104,12 @@ def add_tokenizer(directory: Path, ids: int = 90) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<s>", "</s>", *"the a of to in ship area circle return left water day".split()]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *["the", "a", "of", "to", "in", "ship", "area", "circle", "return", "left", "water", "day"],
+    ]
     words += [f"word{number}" for number in range(ids - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
