@@ -111,6 +111,10 @@ class AdaMoEConfig(PreTrainedConfig):
         """Tell whether layer ``layer`` (from 0) is a mixture-of-experts layer."""
         return (layer + 1) % self.layer_frequency == 0 and layer not in (self.dense_layers or [])
 
+    @property
+    def _null_outputs(self) -> int:
+        return self.num_identity_experts + self.num_constant_experts
+
     def _check(self) -> None:
         choices = {
             "qk_norm": ("none", "head", "all"),
@@ -126,11 +130,13 @@ class AdaMoEConfig(PreTrainedConfig):
                 f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and the "
                 f"{self.num_experts + self.num_null_experts} true and null experts"
             )
-        if self.num_identity_experts + self.num_constant_experts > self.num_null_experts:
+        if self._null_outputs > self.num_null_experts:
             raise ValueError(
                 f"num_identity_experts={self.num_identity_experts} and num_constant_experts={self.num_constant_experts}"
                 f" are more than num_null_experts={self.num_null_experts}"
             )
+        if self.normalize == "all_true" and (self.score_function != "softmax" or self._null_outputs):
+            raise ValueError("normalize='all_true' is for score_function='softmax' and null experts without an output")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_parameters: rope_type={rope_type!r} is not known to this model; use 'default'")

@@ -55,7 +55,7 @@ def select(
         logits_TA = logits_TA.masked_fill(~real_T.unsqueeze(1), 0.0)
     first_with_output = logits_TA.shape[1] - num_with_output
     scores_TA = _scores(logits_TA, num_true, normalize, score_function)
-    ranking_TA = _ranking(logits_TA, scores_TA, normalize, score_function, bias_E)
+    ranking_TA = _ranking(logits_TA, normalize, score_function, bias_E)
     chosen_TK = ranked_top_k(ranking_TA, top_k)
     dropped_TK = (chosen_TK >= num_true) & (chosen_TK < first_with_output)
     if real_T is not None:
@@ -95,11 +95,11 @@ def _scores(logits_TA: Tensor, num_true: int, normalize: str, score_function: st
     return logits_TA
 
 
-def _ranking(
-    logits_TA: Tensor, scores_TA: Tensor, normalize: str, score_function: str, bias_E: Tensor | None
-) -> Tensor:
+def _ranking(logits_TA: Tensor, normalize: str, score_function: str, bias_E: Tensor | None) -> Tensor:
+    """What is chosen by: probabilities where the weights are ones, so that those which round to equals tie."""
     if bias_E is None:
-        return logits_TA if normalize == "all_true" else scores_TA
+        is_plain_softmax = score_function == "softmax" and normalize in ("none", "all_true")
+        return torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
     if score_function == "softmax":
         ranking_TA = torch.softmax(logits_TA, dim=1)
     else:  # a rounded fp64 sigmoid does not depend on the element's place in memory, the CPU's fp32 one does
