@@ -3,7 +3,14 @@
 from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
-from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
+from adamoe_dist.checkpoint.directory import (
+    Retention,
+    Start,
+    find_checkpoint,
+    find_start,
+    has_checkpoints,
+    remove_leftovers,
+)
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
@@ -17,12 +24,14 @@ __all__ = [
     "Retention",
     "SaveTimes",
     "Snapshot",
+    "Start",
     "bytes_to_copy",
     "changed_keys",
     "check_compatible",
     "checkpoint_at",
     "describe_checkpoint",
     "find_checkpoint",
+    "find_start",
     "has_checkpoints",
     "load_checkpoint",
     "load_weights",

@@ -12,7 +12,7 @@ class LoraConfig:
 
     rank: int | None = key(
         None,
-        "Rank r of the adapters: a weight W is used as W + alpha/r B A, and only A and B are trained; null: no adapters.",
+        "Rank r of the adapters: a weight W is used as W + alpha/r B A, and only A and B are trained; null: none.",
         at_least=1,
     )
     alpha: float = key(16.0, "Scale of the adapters, over r.", above=0)

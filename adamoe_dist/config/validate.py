@@ -139,8 +139,8 @@ def _check_moe(config: Config, problems: list[str]) -> None:
         )
     if balance.anneal != "linear" and balance.final_coefficient is None:
         problems.append(
-            f"moe.router.balance.anneal={balance.anneal} does nothing without moe.router.balance.final_coefficient; set "
-            "both or neither"
+            f"moe.router.balance.anneal={balance.anneal} does nothing without moe.router.balance.final_coefficient; "
+            "set both or neither"
         )
 
 

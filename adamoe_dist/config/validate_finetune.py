@@ -61,8 +61,8 @@ def check_fine_tuning(config: Config) -> None:
         )
     if config.moe.router.type == "topk":
         problems.append(
-            "moe.router.type=topk is Megatron's own router, whose losses do not leave padding out as fine-tuning needs; "
-            "use adamoe, which with moe.num_null_experts=0 routes as topk does"
+            "moe.router.type=topk is Megatron's own router, whose losses do not leave padding out as fine-tuning "
+            "needs; use adamoe, which with moe.num_null_experts=0 routes as topk does"
         )
     refuse(problems)
 
@@ -74,7 +74,9 @@ def check_pre_training(config: Config) -> None:
         UserError: naming every key of the section ``finetune`` that is not at its default.
     """
     default = FinetuneConfig()
-    set_here = [f.name for f in dataclasses.fields(default) if getattr(config.finetune, f.name) != getattr(default, f.name)]
+    set_here = [
+        f.name for f in dataclasses.fields(default) if getattr(config.finetune, f.name) != getattr(default, f.name)
+    ]
     refuse(
         [
             f"finetune.{name} is set, and launch/pretrain.py does not read it; start launch/finetune.py or remove it"

@@ -45,7 +45,7 @@ def tokens_of_example(example: Example, tokenizer: TextTokenizer, on_all: bool =
     if isinstance(example, Completion):
         tokens = _completion(example, tokenizer)
     elif isinstance(tokenizer, ChatTokenizer) and tokenizer.has_chat_template:
-        tokens = _templated(example, tokenizer, tokenizer.eod_id)  # type: ignore[attr-defined]
+        tokens = _templated(example, tokenizer, tokenizer.eod_id)
     else:
         tokens = _plain(example, tokenizer)
     return ExampleTokens(tokens.ids, [True] * len(tokens.ids)) if on_all else tokens

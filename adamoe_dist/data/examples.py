@@ -61,8 +61,7 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     except PermissionError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}); change its permissions") from problem
     if not found:
-        raise UserError(f"data {path} holds no example; add lines such as "
-                        '{"prompt": "...", "completion": "..."}')
+        raise UserError(f'data {path} holds no example; add lines such as {{"prompt": "...", "completion": "..."}}')
 
 
 def parse_example(line: str, where: str) -> Example:

@@ -76,9 +76,7 @@ class MicroBatch:
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        return MicroBatch(
-            self.tokens.to(device, non_blocking=True), moved(self.loss_mask), moved(self.padding_mask)
-        )
+        return MicroBatch(self.tokens.to(device, non_blocking=True), moved(self.loss_mask), moved(self.padding_mask))
 
 
 def _count(mask: Tensor | None, tokens: Tensor) -> Tensor:
