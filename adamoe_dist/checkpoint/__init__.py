@@ -3,7 +3,14 @@
 from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
-from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
+from adamoe_dist.checkpoint.directory import (
+    Retention,
+    Start,
+    find_checkpoint,
+    find_start,
+    has_checkpoints,
+    remove_leftovers,
+)
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import (
@@ -28,6 +35,7 @@ __all__ = [
     "Retention",
     "SaveTimes",
     "Snapshot",
+    "Start",
     "WeightsWriter",
     "bytes_to_copy",
     "changed_keys",
@@ -37,6 +45,7 @@ __all__ = [
     "describe_checkpoint",
     "describe_file",
     "find_checkpoint",
+    "find_start",
     "has_checkpoints",
     "load_checkpoint",
     "load_weights",

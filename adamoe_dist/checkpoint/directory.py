@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adamoe_dist.checkpoint.manifest import find_incompleteness
+from adamoe_dist.config import Config
 from adamoe_dist.errors import UserError
 
 POINTER = "latest_checkpointed_iteration.txt"
@@ -74,6 +75,30 @@ def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> 
     if found is None:
         raise UserError(f"{key}={resume} has no complete checkpoint; give a checkpoint or a run directory with one")
     return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from, to continue its run or with its weights alone."""
+
+    path: Path
+    weights_only: bool
+
+
+def find_start(config: Config) -> Start | None:
+    """Return what ``checkpoint.resume`` and ``checkpoint.load_weights`` mean; None for a start without a checkpoint.
+
+    Raises:
+        UserError: see :func:`find_checkpoint`.
+    """
+    root, settings = config.run_dir / SUBDIRECTORY, config.checkpoint
+    continued = find_checkpoint(settings.resume, root)
+    if continued is not None:
+        return Start(continued, weights_only=False)
+    if settings.load_weights is None:
+        return None
+    weights = find_checkpoint(settings.load_weights, root, key="checkpoint.load_weights")
+    return None if weights is None else Start(weights, weights_only=True)
 
 
 def remove_leftovers(root: Path) -> None:

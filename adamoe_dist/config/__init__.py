@@ -2,11 +2,13 @@
 
 from adamoe_dist.config.continuity import ABSENT, ALLOW, TOTAL_STEPS, Rule, compared_keys, is_allowed, rule_of
 from adamoe_dist.config.fields import leaves
+from adamoe_dist.config.finetune import FinetuneConfig, LoraConfig
 from adamoe_dist.config.layout import Layout
-from adamoe_dist.config.load import config_from_dict, load_config
+from adamoe_dist.config.load import config_from_dict, load_config, read_values
 from adamoe_dist.config.moe import BalanceConfig, DispatcherConfig, MoEConfig
 from adamoe_dist.config.tree import Config
 from adamoe_dist.config.validate import Resolved, automatic_micro_batch, resolve, schedule_problem
+from adamoe_dist.config.validate_finetune import check_fine_tuning, check_pre_training
 
 __all__ = [
     "ABSENT",
@@ -15,16 +17,21 @@ __all__ = [
     "BalanceConfig",
     "Config",
     "DispatcherConfig",
+    "FinetuneConfig",
     "Layout",
+    "LoraConfig",
     "MoEConfig",
     "Resolved",
     "Rule",
     "automatic_micro_batch",
+    "check_fine_tuning",
+    "check_pre_training",
     "compared_keys",
     "config_from_dict",
     "is_allowed",
     "leaves",
     "load_config",
+    "read_values",
     "resolve",
     "rule_of",
     "schedule_problem",

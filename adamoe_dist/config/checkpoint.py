@@ -38,4 +38,7 @@ class CheckpointConfig:
         "Keys or sections, such as [optimizer.learning_rate, schedule], in which a resumed run may differ from its "
         "checkpoint although its numbers change with them; any other difference in such keys is refused.",
     )
-    load_weights: str | None = key(None, "Checkpoint whose weights (only) a new run starts from.")
+    load_weights: str | None = key(
+        None,
+        "Checkpoint whose weights (only) a new run starts from; with resume=auto where there is nothing to continue.",
+    )

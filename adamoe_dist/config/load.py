@@ -40,10 +40,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         UserError: the file is missing or malformed, a key is unknown, or a value has the wrong type or range. All
             problems of the tree are named in one message.
     """
+    return config_from_dict(read_values(path, overrides))
+
+
+def read_values(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what a YAML file and overrides say, and nothing else: the keys that they set, unchecked.
+
+    Raises:
+        UserError: the file is missing or malformed, or an override is no ``section.key=value``.
+    """
     values = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(values, override)
-    return config_from_dict(values)
+    return values
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

@@ -21,11 +21,14 @@ class BalanceConfig:
     )
     final_coefficient: float | None = key(
         None,
-        "alpha after anneal_steps steps, reached linearly; null keeps coefficient throughout.",
+        "alpha after anneal_steps steps; null keeps coefficient throughout.",
         at_least=0,
     )
+    anneal: Literal["linear", "step"] = key(
+        "linear", "How alpha gets to final_coefficient: on a line, or in one step after anneal_steps."
+    )
     anneal_steps: int | None = key(
-        None, "Steps over which alpha goes to final_coefficient; null means schedule.total_steps.", at_least=1
+        None, "Steps after which alpha is final_coefficient; null means schedule.total_steps.", at_least=1
     )
     target_null_share: float | None = key(
         None, "Part of the slots that type=grouped gives to null experts; null: m/(n+m).", above=0, below=1

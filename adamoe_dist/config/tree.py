@@ -10,6 +10,7 @@ import yaml
 from adamoe_dist.config.checkpoint import CheckpointConfig
 from adamoe_dist.config.data import DataConfig
 from adamoe_dist.config.fields import section
+from adamoe_dist.config.finetune import FinetuneConfig
 from adamoe_dist.config.model import ModelConfig
 from adamoe_dist.config.moe import MoEConfig
 from adamoe_dist.config.monitor import MonitorConfig
@@ -35,6 +36,7 @@ class Config:
     schedule: ScheduleConfig = section(ScheduleConfig, "Learning rate.")
     data: DataConfig = section(DataConfig, "Text and tokenizer.")
     train: TrainConfig = section(TrainConfig, "Steps and batches.")
+    finetune: FinetuneConfig = section(FinetuneConfig, "Fine-tuning, by launch/finetune.py only.")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Saving and resuming.")
     monitor: MonitorConfig = section(MonitorConfig, "Metrics.")
 

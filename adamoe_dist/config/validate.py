@@ -7,6 +7,7 @@ from adamoe_dist.config.continuity import check_allowed_changes
 from adamoe_dist.config.layout import Layout, find_layout
 from adamoe_dist.config.load import refuse
 from adamoe_dist.config.tree import Config
+from adamoe_dist.config.validate_finetune import check_finetune
 from adamoe_dist.config.validate_router import check_router, check_target_load
 
 MICRO_BATCH_TOKENS = 16384
@@ -80,6 +81,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
     _check_data(config, problems)
     _check_training(config, problems)
     _check_deepspeed(config, problems)
+    check_finetune(config, problems)
     layout = find_layout(config, world_size, problems)
     micro_batch_size = _check_batch(config, layout, problems)
     refuse(problems)
@@ -154,6 +156,11 @@ def _check_moe(config: Config, problems: list[str]) -> None:
         problems.append(
             f"moe.router.balance.anneal_steps={balance.anneal_steps} does nothing without "
             "moe.router.balance.final_coefficient; set both or neither"
+        )
+    if balance.anneal != "linear" and balance.final_coefficient is None:
+        problems.append(
+            f"moe.router.balance.anneal={balance.anneal} does nothing without moe.router.balance.final_coefficient; "
+            "set both or neither"
         )
 
 
@@ -252,13 +259,15 @@ def _data_entry_problem(entry: dict[str, Any]) -> str | None:
 
 
 def _check_training(config: Config, problems: list[str]) -> None:
-    if config.checkpoint.resume == "none" and (problem := schedule_problem(config)):
+    is_length_known = config.finetune.epochs is None
+    if config.checkpoint.resume == "none" and is_length_known and (problem := schedule_problem(config)):
         problems.append(problem)
     _check_optimizer(config, problems)
-    if config.checkpoint.load_weights and config.checkpoint.resume != "none":
+    if config.checkpoint.load_weights and config.checkpoint.resume not in ("none", "auto"):
         problems.append(
             f"checkpoint.load_weights={config.checkpoint.load_weights} starts a new run but checkpoint.resume="
-            f"{config.checkpoint.resume} continues one; set one of them"
+            f"{config.checkpoint.resume} continues one; set one of them, or checkpoint.resume=auto to start from the "
+            "weights only where there is nothing to continue"
         )
     check_allowed_changes(config, problems)
 

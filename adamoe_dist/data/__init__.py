@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adamoe_dist.data.batches import BatchStream, validation_batches
-    from adamoe_dist.data.blend import BlendedSamples, Samples
+    from adamoe_dist.data.blend import BlendedSamples, Dataset, Samples
     from adamoe_dist.data.corpus import Document, corpus_bytes, iterate_documents, validate_inputs
+    from adamoe_dist.data.example_samples import ExampleSamples
+    from adamoe_dist.data.example_store import ExampleRules, keep_examples, load_examples
+    from adamoe_dist.data.example_tokens import ChatTokenizer, tokens_of_example
+    from adamoe_dist.data.examples import read_examples
     from adamoe_dist.data.indexed import TokenDataset
+    from adamoe_dist.data.micro_batch import MaskedSample, MicroBatch
     from adamoe_dist.data.prepare import PreparationSummary, prepare_corpus
     from adamoe_dist.data.standard_library import STANDARD_LIBRARY
     from adamoe_dist.data.storage import PartInfo, read_info
@@ -23,8 +28,14 @@ __all__ = [
     "STANDARD_LIBRARY",
     "BatchStream",
     "BlendedSamples",
+    "ChatTokenizer",
+    "Dataset",
     "Document",
+    "ExampleRules",
+    "ExampleSamples",
     "HuggingFaceTokenizer",
+    "MaskedSample",
+    "MicroBatch",
     "PartInfo",
     "PreparationSummary",
     "Samples",
@@ -34,8 +45,12 @@ __all__ = [
     "TrainingSummary",
     "corpus_bytes",
     "iterate_documents",
+    "keep_examples",
+    "load_examples",
     "prepare_corpus",
+    "read_examples",
     "read_info",
+    "tokens_of_example",
     "train_tokenizer",
     "validate_inputs",
     "validation_batches",
@@ -43,9 +58,14 @@ __all__ = [
 
 _HOMES = {
     "batches": ("BatchStream", "validation_batches"),
-    "blend": ("BlendedSamples", "Samples"),
+    "blend": ("BlendedSamples", "Dataset", "Samples"),
     "corpus": ("Document", "corpus_bytes", "iterate_documents", "validate_inputs"),
+    "example_samples": ("ExampleSamples",),
+    "example_store": ("ExampleRules", "keep_examples", "load_examples"),
+    "example_tokens": ("ChatTokenizer", "tokens_of_example"),
+    "examples": ("read_examples",),
     "indexed": ("TokenDataset",),
+    "micro_batch": ("MaskedSample", "MicroBatch"),
     "prepare": ("PreparationSummary", "prepare_corpus"),
     "standard_library": ("STANDARD_LIBRARY",),
     "storage": ("PartInfo", "read_info"),

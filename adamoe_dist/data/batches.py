@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
-from adamoe_dist.data.blend import BlendedSamples, Samples
-from adamoe_dist.data.indexed import TokenDataset
+from adamoe_dist.data.blend import BlendedSamples, Dataset, Samples
+from adamoe_dist.data.micro_batch import MicroBatch
 from adamoe_dist.errors import UserError
 
 _AFRESH = "or start afresh with checkpoint.load_weights"
@@ -50,14 +49,13 @@ class BatchStream:
         """Micro-batches of this rank in one step."""
         return self._global_batch_size // (self._micro_batch_size * self._ranks)
 
-    def next_step(self) -> list[torch.Tensor]:
-        """Return this rank's micro-batches of the next step, int64 of shape (micro, S + 1) each."""
+    def next_step(self) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the next step, of ``micro`` samples each."""
         batches = []
         for accumulation in range(self.accumulation_steps):
             micro_batch = accumulation * self._ranks + self._rank
             start = self.consumed_samples + micro_batch * self._micro_batch_size
-            rows = [self._samples[start + offset] for offset in range(self._micro_batch_size)]
-            batches.append(torch.from_numpy(np.stack(rows)))
+            batches.append(MicroBatch.of([self._samples[start + offset] for offset in range(self._micro_batch_size)]))
         self.consumed_samples += self._global_batch_size
         return batches
 
@@ -124,12 +122,12 @@ def _refuse_other_datasets(saved: dict[str, Any], current: dict[str, Any]) -> No
 
 
 def validation_batches(
-    dataset: TokenDataset,
+    dataset: Dataset,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     max_samples: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
     """Yield this rank's part of one pass over the first samples of a dataset.
 
     Over all ranks each sample has weight 1 exactly once. Every rank yields the same number of batches, since
@@ -144,7 +142,7 @@ def validation_batches(
         max_samples: at most one epoch; all of it by default.
 
     Yields:
-        Tokens, int64 of shape (micro, S + 1), and weights, float32 of shape (micro,).
+        ``micro`` samples, and their weights, float32 of shape (micro,).
     """
     samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
     rounds = -(-samples // (micro_batch_size * data_parallel_size))
@@ -153,4 +151,4 @@ def validation_batches(
         indices = range(start, start + micro_batch_size)
         rows = [dataset[min(index, samples - 1)] for index in indices]
         weights = [float(index < samples) for index in indices]
-        yield torch.from_numpy(np.stack(rows)), torch.tensor(weights)
+        yield MicroBatch.of(rows), torch.tensor(weights)

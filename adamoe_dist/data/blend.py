@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adamoe_dist.data.indexed import TokenDataset
+from adamoe_dist.data.micro_batch import Sample
 from adamoe_dist.data.shuffle import permutation
 from adamoe_dist.errors import UserError
 
@@ -18,13 +18,39 @@ _SMALLEST_BLOCK = 1024
 
 
 class Samples(Protocol):
-    """An endless sequence of samples, as `TokenDataset` and `BlendedSamples` are."""
+    """An endless sequence of samples, as `TokenDataset`, `ExampleSamples` and `BlendedSamples` are."""
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Return sample ``index`` >= 0, of shape (sequence_length + 1,)."""
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample ``index`` >= 0, of sequence_length + 1 tokens."""
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the order and content of the samples."""
+
+
+class Dataset(Samples, Protocol):
+    """Samples of one source: `TokenDataset` or `ExampleSamples`."""
+
+    prefix: str
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count in its loss."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each of them."""
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats a token of a model that knows only their frequencies."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer that cut the text."""
 
 
 class BlendedSamples:
@@ -36,7 +62,7 @@ class BlendedSamples:
     found without walking there, and a blend of one dataset is that dataset.
     """
 
-    def __init__(self, datasets: Sequence[TokenDataset], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], seed: int) -> None:
         """Blend ``datasets``.
 
         Args:
@@ -70,8 +96,8 @@ class BlendedSamples:
         ]
         return {"seed": self.seed, "sequence_length": self.sequence_length, "datasets": parts}
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Return sample ``index`` >= 0, of shape (sequence_length + 1,)."""
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample ``index`` >= 0, of sequence_length + 1 tokens."""
         dataset, sample = self.locate(index)
         return self.datasets[dataset][sample]
 
@@ -104,7 +130,7 @@ class BlendedSamples:
         return choices, samples
 
 
-def _check(datasets: Sequence[TokenDataset], weights: Sequence[float]) -> None:
+def _check(datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
     if not datasets:
         raise UserError("data.train is empty; name at least one prepared dataset")
     if len(datasets) != len(weights):

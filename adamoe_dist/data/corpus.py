@@ -128,12 +128,12 @@ def _documents_of_file(path: Path, text_key: str) -> Iterator[Document]:
             with path.open("rb") as stream:
                 yield from _json_documents(stream, path, text_key)
         else:
-            yield Document(_decode(path.read_bytes(), str(path)), str(path))
+            yield Document(decode_text(path.read_bytes(), str(path)), str(path))
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
 
 
-def _decode(data: bytes, where: str, offset: int = 0) -> str:
+def decode_text(data: bytes, where: str, offset: int = 0) -> str:
     """Decode UTF-8 text; ``offset`` is the position of ``data`` in its file, for the message."""
     zero = data.find(b"\0")
     if zero >= 0:
@@ -160,7 +160,7 @@ def _json_documents(stream: BinaryIO | gzip.GzipFile, path: Path, text_key: str)
     offset = 0
     for number, line in enumerate(stream, start=1):
         where = f"{path}:{number}"
-        text = _decode(line, where, offset)
+        text = decode_text(line, where, offset)
         offset += len(line)
         if text.strip():
             yield Document(_json_text(text, where, text_key), where)

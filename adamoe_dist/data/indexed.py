@@ -79,6 +79,11 @@ class TokenDataset:
         return self.info.bytes / self.info.tokens
 
     @property
+    def unigram_entropy(self) -> float:
+        """Entropy of the part's own token frequencies, in nats a token."""
+        return self.info.unigram_entropy
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         """Of the tokenizer that cut the text."""
         return self.info.tokenizer_fingerprint

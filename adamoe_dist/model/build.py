@@ -101,9 +101,9 @@ class LanguageModel(torch.nn.Module):
             states (S / context / tensor ranks, B, H).
         """
         assert (hidden is None) == self.is_first_stage, "every stage but the first takes hidden states"
-        inputs, labels = self._own(tokens[:, :-1]), self._own(tokens[:, 1:])
+        inputs, labels = self.own_part(tokens[:, :-1]), self.own_part(tokens[:, 1:])
         if padding_mask is not None:
-            padding_mask = self._own(padding_mask)
+            padding_mask = self.own_part(padding_mask)
             if not self.is_first_stage:  # Megatron cuts it along the sequence where it embeds, and there only
                 ranks = parallel_state.get_tensor_model_parallel_world_size()
                 padding_mask = padding_mask.chunk(ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
@@ -119,14 +119,14 @@ class LanguageModel(torch.nn.Module):
         """
         if hidden is not None:
             self.gpt.set_input_tensor(hidden)
-        inputs = self._own(tokens)
+        inputs = self.own_part(tokens)
         scores: Tensor = self.gpt(inputs, positions(inputs), None)
         if not self.is_last_stage:
             return scores
         return gather_from_tensor_model_parallel_region(scores).float()
 
-    def _own(self, whole: Tensor) -> Tensor:
-        """This rank's part of each sequence (B, S)."""
+    def own_part(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of each sequence (B, S)."""
         return whole.chunk(self.context_ranks, dim=1)[self.context_rank].contiguous()
 
 

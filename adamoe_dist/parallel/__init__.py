@@ -23,7 +23,7 @@ from adamoe_dist.parallel.optimizer import (
     is_trained,
     parameter_groups,
 )
-from adamoe_dist.parallel.pipeline import Schedule
+from adamoe_dist.parallel.pipeline import Schedule, sum_of
 from adamoe_dist.parallel.progress import TRAINING, Progress
 from adamoe_dist.parallel.stage3 import update_weights_of_stage_3
 from adamoe_dist.parallel.unsharded import UnshardedOptimizer
@@ -60,6 +60,7 @@ __all__ = [
     "replicas_group",
     "sigterm_as_exit",
     "stage_group",
+    "sum_of",
     "trained_elements",
     "update_weights_of_stage_3",
     "verify_wiring",

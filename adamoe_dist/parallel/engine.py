@@ -110,7 +110,7 @@ class TrainingEngine:
     """One model under ZeRO. The only place that scales losses.
 
     After ``start_step(n)``, ``backward(loss)`` adds the gradient of ``loss / n``, and of the attached auxiliary losses
-    over n; after n of them ``step()`` clips by the global norm and updates.
+    over n, or as ``weigh_auxiliary_losses`` says; after n of them ``step()`` clips by the global norm and updates.
     """
 
     def __init__(
@@ -191,6 +191,16 @@ class TrainingEngine:
         if clear is not None:
             clear()
         self.deepspeed.backward(scalar)
+
+    def weigh_auxiliary_losses(self, factor: Tensor) -> None:
+        """Let those of the micro-batch whose forward or backward pass comes next weigh otherwise than the mean has it.
+
+        Args:
+            factor: 0-d; 1 is as :meth:`start_step` left it.
+        """
+        MoEAuxLossAutoScaler.set_loss_scale(factor * (self.loss_scale / self._micro_batches))
+        for layer in self.model.moe_layers:
+            layer.counters.loss_weight = factor
 
     def _set_auxiliary_scale(self, micro_batches: int) -> None:
         device = next(self.model.parameters()).device

@@ -1,14 +1,52 @@
 """One step's forward and backward passes, over one pipeline stage or many (1F1B, arXiv 2006.09503)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from adamoe_dist.data import MicroBatch
 from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel.engine import TrainingEngine
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """What each token's loss, and each micro-batch's auxiliary losses, weigh in a step whose tokens do not all count.
+
+    The loss of a step is its sum over the tokens that count in the global batch, over their number, however the batch
+    is cut. The auxiliary losses of a micro-batch are means over its real tokens; they weigh as its part of the real
+    tokens of the global batch. Factors are relative to the mean over micro-batches and ranks, which the engine takes.
+
+    Attributes:
+        per_token: 0-d, factor of the loss of each token that counts.
+        auxiliary_losses: 0-d, factor of those of each micro-batch.
+    """
+
+    per_token: Tensor
+    auxiliary_losses: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[MicroBatch]) -> "Weighting":
+        """Count the tokens of the global batch. Collective over the ranks that train on samples of their own."""
+        real = [batch.real_tokens for batch in micro_batches]
+        totals = torch.stack([sum_of([batch.loss_tokens for batch in micro_batches]), sum_of(real)])
+        group = parallel_state.get_data_parallel_group(with_context_parallel=False)
+        dist.all_reduce(totals, group=group)
+        loss_tokens, real_tokens = totals.double().clamp(min=1)
+        batches = len(micro_batches) * dist.get_world_size(group)
+        ranks_of_a_sequence = parallel_state.get_context_parallel_world_size()
+        per_token = batches * ranks_of_a_sequence / loss_tokens
+        return cls(per_token.float(), [(batches * tokens / real_tokens).float() for tokens in real])
+
+
+def sum_of(counts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors."""
+    return torch.stack(list(counts)).sum()
 
 
 class Schedule:
@@ -24,34 +62,48 @@ class Schedule:
         self._engine, self._model = engine, model
         self._neighbours = Neighbours(dtype, device)
 
-    def run(self, micro_batches: Sequence[Tensor], padding_masks: Sequence[Tensor | None] | None = None) -> Tensor:
+    def run(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Add the gradients of a step.
 
+        Where samples have masks, all of them have, and the loss is weighted as :class:`Weighting` says; else it is the
+        mean over all tokens.
+
         Args:
-            micro_batches: tokens (B, S + 1) each, the same on all stages.
-            padding_masks: (B, S) each, or None.
+            micro_batches: the same on all stages.
 
         Returns:
             The mean loss over the micro-batches of this rank's part of the sequences, 0-d fp32; 0 on a stage that is
-            not the last.
+            not the last. With masks: this rank's part of the loss, such that the mean over ranks is the loss.
         """
         count, around = len(micro_batches), self._neighbours
-        masks = padding_masks or [None] * count
         warm_up = min(around.stages - 1 - around.stage, count)
-        in_flight: list[tuple[Tensor | None, Tensor]] = []
+        in_flight: list[tuple[int, Tensor | None, Tensor]] = []
         total = torch.zeros((), device=around.device)
         self._engine.start_step(count)
+        weighting = Weighting.of(micro_batches) if micro_batches[0].counts_tokens else None
+
+        def weigh_auxiliary_losses(index: int) -> None:
+            if weighting is not None:
+                self._engine.weigh_auxiliary_losses(weighting.auxiliary_losses[index])
 
         def forward(index: int, hidden: Tensor | None) -> Tensor:
-            output = self._engine(micro_batches[index], masks[index], hidden)
+            batch = micro_batches[index]
+            weigh_auxiliary_losses(index)
+            output = self._engine(batch.tokens, batch.padding_mask, hidden)
             if self._model.is_last_stage:
-                output = output.mean()
+                if weighting is None:
+                    output = output.mean()
+                else:
+                    assert batch.loss_mask is not None, "samples with and without masks in one step"
+                    own_mask = self._model.own_part(batch.loss_mask)
+                    output = torch.where(own_mask, output, 0.0).sum() * weighting.per_token
                 total.add_(output.detach() / count)
-            in_flight.append((hidden, output))
+            in_flight.append((index, hidden, output))
             return output
 
         def backward(gradient: Tensor | None) -> Tensor | None:
-            hidden, output = in_flight.pop(0)
+            index, hidden, output = in_flight.pop(0)
+            weigh_auxiliary_losses(index)
             if gradient is None:
                 self._engine.backward(output)
             else:
@@ -59,7 +111,7 @@ class Schedule:
             return None if hidden is None else hidden.grad
 
         def shape(index: int) -> tuple[int, ...]:
-            batch, length = micro_batches[index].shape
+            batch, length = micro_batches[index].tokens.shape
             return self._model.hidden_shape(batch, length - 1)
 
         for index in range(warm_up):
@@ -70,13 +122,14 @@ class Schedule:
             following = shape(index + 1) if index + 1 < count else None
             hidden = around.send_backward_receive_forward(backward(gradient), following)
         for _ in range(warm_up):
-            around.send_backward(backward(around.receive_backward(in_flight[0][1])))
+            around.send_backward(backward(around.receive_backward(in_flight[0][2])))
         return total
 
-    def losses(self, tokens: Tensor) -> Tensor | None:
-        """Return the last stage's losses of tokens (B, S + 1) there, without gradients; None elsewhere. Collective."""
-        batch, length = tokens.shape
-        return self._through_stages(self._model, tokens, self._model.hidden_shape(batch, length - 1))
+    def losses(self, batch: MicroBatch) -> Tensor | None:
+        """Return the last stage's losses of a batch there, without gradients; None elsewhere. Collective."""
+        samples, length = batch.tokens.shape
+        shape = self._model.hidden_shape(samples, length - 1)
+        return self._through_stages(partial(self._model, padding_mask=batch.padding_mask), batch.tokens, shape)
 
     @torch.no_grad()
     def next_token_scores(self, tokens: Tensor, vocab_size: int) -> Tensor:

@@ -23,6 +23,9 @@ SUMS = (
 class RoutingCounters:
     """Sums over the micro-batches of one step, on one rank, of one layer."""
 
+    loss_weight: Tensor | None = None
+    """What the losses of the micro-batch in hand weigh in their mean over micro-batches; None: 1."""
+
     def __init__(self, num_experts: int, top_k: int) -> None:
         """Count for a layer of ``num_experts`` true experts whose tokens fill ``top_k`` slots."""
         self.num_experts = num_experts
@@ -48,11 +51,11 @@ class RoutingCounters:
 
     def add_balance_loss(self, loss: Tensor) -> None:
         """Add one micro-batch's balance loss, coefficient included."""
-        self._add("balance_loss", loss.detach())
+        self._add("balance_loss", self._weighted(loss))
 
     def add_z_loss(self, loss: Tensor) -> None:
         """Add one micro-batch's z-loss, coefficient included."""
-        self._add("z_loss", loss.detach())
+        self._add("z_loss", self._weighted(loss))
 
     def add_dispatch(
         self,
@@ -104,6 +107,9 @@ class RoutingCounters:
         if counts_M is None:
             counts_M = torch.zeros(MARGIN_BINS, dtype=torch.int64, device=device)
         return torch.cat([counts_M, self.packed_routing(device)])
+
+    def _weighted(self, loss: Tensor) -> Tensor:
+        return loss.detach() if self.loss_weight is None else loss.detach() * self.loss_weight
 
     def _add(self, name: str, value: Tensor | float) -> None:
         self._sums[name] = self._sums[name] + value

@@ -163,18 +163,22 @@ def z_loss(logits_TA: Tensor, padding_mask_T: Tensor | None = None, tokens: Tens
     return squared_T.sum() / (_real_tokens(logits_TA, padding_mask_T) if tokens is None else tokens)
 
 
-def annealed_coefficient(step: int, initial: float, final: float | None, anneal_steps: int) -> float:
+def annealed_coefficient(
+    step: int, initial: float, final: float | None, anneal_steps: int, anneal: Literal["linear", "step"] = "linear"
+) -> float:
     """Coefficient of an auxiliary loss at a training step.
 
-    It moves on a line from `initial` at step 0 to `final` at step `anneal_steps` and stays there. It is
-    constant at `initial` if `final` is None or `anneal_steps` is 0, which switches annealing off. The paper
-    anneals from tight to loose, 0.02 in the first epoch and 0.0001 in the second (Table 5).
+    It moves on a line from `initial` at step 0 to `final` at step `anneal_steps` and stays there, or it is `initial`
+    until then with `anneal` step. It is constant at `initial` if `final` is None or `anneal_steps` is 0, which switches
+    annealing off. The paper anneals from tight to loose in a step, 0.02 in the first epoch and 0.0001 in the second
+    (Table 5).
 
     Args:
         step: Optimizer steps done before this one.
         initial: Coefficient at step 0.
         final: Coefficient after annealing, or None.
         anneal_steps: Length of the annealing in optimizer steps.
+        anneal: How it gets there.
 
     Returns:
         The coefficient.
@@ -184,6 +188,8 @@ def annealed_coefficient(step: int, initial: float, final: float | None, anneal_
         return initial
     if step >= anneal_steps:
         return final
+    if anneal == "step":
+        return initial
     return initial + (final - initial) * max(step, 0) / anneal_steps
 
 

@@ -208,7 +208,8 @@ class AdaMoERouter(Router):
         """Count over the scope of the balance loss, or return None where that is this rank's micro-batch. Collective.
 
         ``micro_batch``: over the ranks that share its sequences. ``global_batch``: over all ranks and the step's
-        micro-batches so far. Gradients are summed over tensor ranks and averaged over the others.
+        micro-batches so far. Gradients are summed over tensor ranks and averaged over the others. A step that weighs
+        its micro-batches by their real tokens wants means of probabilities over each micro-batch's own.
         """
         is_global = self.moe.router.balance.scope == "global_batch"
         group = self.tp_dp_cp_group if is_global else self.tp_cp_group
@@ -216,9 +217,15 @@ class AdaMoERouter(Router):
             return None
         counts_A, tokens = selected_counts(selection, mask_T)
         here = torch.cat((counts_A, tokens.view(1)))
+        sharing, own_tokens = group, tokens.clone()
         dist.all_reduce(here, group=group)
         counted = self.counters.add_loads(here) if is_global else here
-        return BatchLoads(counted[:-1], counted[-1], here[-1], group.size() // self.tp_group.size())
+        if is_global and self.counters.loss_weight is not None:
+            sharing = self.tp_cp_group
+            dist.all_reduce(own_tokens, group=sharing)
+        else:
+            own_tokens = here[-1]
+        return BatchLoads(counted[:-1], counted[-1], own_tokens, sharing.size() // self.tp_group.size())
 
     @torch.no_grad()
     def _z_tokens(self, tokens: int, mask_T: Tensor | None) -> Tensor | int | None:

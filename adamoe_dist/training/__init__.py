@@ -1,5 +1,5 @@
 """The training loop and its callbacks, one file each."""
 
-from adamoe_dist.training.command import pretrain
+from adamoe_dist.training.command import finetune, pretrain
 
-__all__ = ["pretrain"]
+__all__ = ["finetune", "pretrain"]

@@ -10,6 +10,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a global batch."""
+
+    real: int
+    """Read, without padding."""
+    with_loss: int
+    """That the loss is a mean over."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One optimizer step: loss in nats a token over the global batch, gradient norm before clipping.
 
@@ -23,6 +33,7 @@ class StepResult:
     seconds: float
     first_sample: int
     """Of its batch, in the data order."""
+    tokens: TokenCounts
 
 
 class Callback:

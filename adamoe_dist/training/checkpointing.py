@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import CheckpointSaver, Retention, load_checkpoint, load_weights
+from adamoe_dist.checkpoint import CheckpointSaver, Retention, Start, load_checkpoint, load_weights
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
@@ -78,19 +77,19 @@ def layout(config: Config, resolved: Resolved, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def restore(trainer: Trainer, source: Path | None) -> None:
-    """Continue from checkpoint ``source``, take only its weights with ``checkpoint.load_weights``, or start new."""
-    if source is None:
+def restore(trainer: Trainer, start: Start | None) -> None:
+    """Continue from a checkpoint, take only its weights, or start new."""
+    if start is None:
         return
-    if trainer.config.checkpoint.load_weights:
-        new_buffers = load_weights(source, trainer.engine)
-        logger.info("starting from the weights of %s", source)
+    if start.weights_only:
+        new_buffers = load_weights(start.path, trainer.engine)
+        logger.info("starting from the weights of %s", start.path)
         if new_buffers:
             logger.info("it was trained without moe.router.target_load: the selection bias of every layer starts at 0")
         return
-    state = load_checkpoint(source, trainer.engine)
+    state = load_checkpoint(start.path, trainer.engine)
     trainer.engine.load_loss_scale_state(state.get("loss_scale"))
     trainer.step = int(state["step"])
     trainer.tokens_seen = int(state["tokens_seen"])
     trainer.batches.load_state_dict(state["data"])
-    logger.info("continuing from %s after step %d", source, trainer.step)
+    logger.info("continuing from %s after step %d", start.path, trainer.step)

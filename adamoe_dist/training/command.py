@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adamoe_dist.config import Config, load_config, resolve
+from adamoe_dist.config import Config, resolve
 from adamoe_dist.console import ToolParser, fail, say
 from adamoe_dist.errors import EXIT_NUMERICAL_ERROR, EXIT_USER_ERROR, NumericalError, UserError
 from adamoe_dist.launcher import Launch
+from adamoe_dist.training.task import FineTuning, PreTraining, Task
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
 REFUSAL_HEAD_START_S = 10.0
@@ -22,11 +23,23 @@ def pretrain(argv: list[str], default_config: Path = DEFAULT_CONFIG) -> int:
         argv: arguments after the program's name.
         default_config: configuration used without ``--config``.
     """
-    return _guarded(lambda: _run(argv, default_config))
+    what = "Train an AdaMoE language model. Start it with deepspeed, torchrun, or as one process."
+    return _guarded(lambda: _run(argv, PreTraining(), _parser(what, default_config)))
 
 
-def _parser(default_config: Path) -> ToolParser:
-    parser = ToolParser("Train an AdaMoE language model. Start it with deepspeed, torchrun, or as one process.")
+def finetune(argv: list[str], default_config: Path) -> int:
+    """Fine-tune a checkpoint's model as the command line says and return the exit code (0, 2, 3, 130 or 143).
+
+    Args:
+        argv: arguments after the program's name.
+        default_config: configuration used without ``--config``.
+    """
+    what = "Fine-tune an AdaMoE language model. Start it with deepspeed, torchrun, or as one process."
+    return _guarded(lambda: _run(argv, FineTuning(), _parser(what, default_config)))
+
+
+def _parser(description: str, default_config: Path) -> ToolParser:
+    parser = ToolParser(description)
     parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML configuration")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's arithmetic, stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML, stop")
@@ -35,16 +48,17 @@ def _parser(default_config: Path) -> ToolParser:
     return parser
 
 
-def _run(argv: list[str], default_config: Path) -> int:
-    options = _parser(default_config).parse_intermixed_args(argv)
-    config = load_config(options.config, options.overrides)
+def _run(argv: list[str], task: Task, parser: ToolParser) -> int:
+    options = parser.parse_intermixed_args(argv)
+    config = task.configure(options.config, options.overrides)
     if options.print_config:
         resolve(config, _world_size())
+        task.complete(config)
         if _rank() == 0:
             say(config.to_yaml().rstrip())
         return 0
     if options.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, task)
     resolved = resolve(config, _world_size())
     Launch.from_environment().require_address()
     from adamoe_dist import platform
@@ -54,11 +68,12 @@ def _run(argv: list[str], default_config: Path) -> int:
     platform.prepare()
     from adamoe_dist.training.session import train
 
-    return train(config, resolved)
+    return train(config, resolved, task)
 
 
-def _dry_run(config: Config) -> int:
+def _dry_run(config: Config, task: Task) -> int:
     resolved = resolve(config, _world_size())
+    task.complete(config)
     from adamoe_dist import platform
     from adamoe_dist.data import Tokenizer
     from adamoe_dist.planning import describe_run

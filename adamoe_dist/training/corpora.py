@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adamoe_dist.config import Config
 from adamoe_dist.data import (
     BlendedSamples,
+    Dataset,
     TokenDataset,
     Tokenizer,
     iterate_documents,
@@ -26,7 +28,7 @@ class Corpora:
 
     tokenizer: Tokenizer
     train: BlendedSamples
-    validation: list[TokenDataset]
+    validation: Sequence[Dataset]
 
 
 def prepare_missing(config: Config) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from types import FrameType
 
 import torch
@@ -13,12 +14,12 @@ import torch.distributed as dist
 
 from adamoe_dist import platform
 from adamoe_dist.config import Config, Resolved
-from adamoe_dist.data import BatchStream
+from adamoe_dist.data import BatchStream, MicroBatch
 from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
 from adamoe_dist.launcher import STARTED
 from adamoe_dist.model import LanguageModel
-from adamoe_dist.parallel import TRAINING, Progress, Schedule, TrainingEngine, has_finite_weights
-from adamoe_dist.training.callback import Callback, StepResult
+from adamoe_dist.parallel import TRAINING, Progress, Schedule, TrainingEngine, has_finite_weights, sum_of
+from adamoe_dist.training.callback import Callback, StepResult, TokenCounts
 from adamoe_dist.training.load_control import load_controller
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
 
@@ -30,6 +31,7 @@ EXIT_CODES = {
 }
 """The signals that make a run save and stop; SIGALRM is ``checkpoint.time_limit_minutes``'s own."""
 logger = logging.getLogger(__name__)
+_TOKENS_OF_BATCH = (attrgetter("real_tokens"), attrgetter("loss_tokens"))
 
 
 class Trainer:
@@ -47,7 +49,7 @@ class Trainer:
         num_moe_layers: MoE layers of the whole model.
         first_moe_layer: how many of them earlier stages have.
         step: optimizer steps done.
-        tokens_seen: tokens trained on, over all ranks.
+        tokens_seen: tokens trained on, over all ranks; padding is none.
         stop_signal: the signal that asked the run to stop, if any.
         seconds: what time went to since the last record, by the name of its metric without ``_s``.
         failure: why the numbers stop the run, if they do.
@@ -136,8 +138,8 @@ class Trainer:
         self.engine.train()
         first_sample = self.batches.consumed_samples
         micro_batches = self.batches.next_step()
-        total = self.schedule.run([tokens.to(self.device, non_blocking=True) for tokens in micro_batches])
-        lm_loss, bad_tokens = self._agree(total)
+        total = self.schedule.run([batch.to(self.device) for batch in micro_batches])
+        lm_loss, tokens, bad_tokens = self._agree(total, micro_batches)
         finding = self._bad_scores(bad_tokens) or self._bad_loss(lm_loss)
         self.engine.set_learning_rate(rate)
         self.engine.step(discard=finding is not None)
@@ -147,14 +149,14 @@ class Trainer:
         if finding is None and self._load_controller is not None:
             self._load_controller.update(self.step)
         self.step += 1
-        self.tokens_seen += self.resolved.tokens_per_step
+        self.tokens_seen += tokens.real
         self.progress.step = self.step
         if finding is None:
             self._bad_in_a_row = 0
         else:
             self._note_bad_step(finding, first_sample)
         platform.synchronize()
-        return StepResult(self.step, lm_loss, norm, rate, time.perf_counter() - started, first_sample)
+        return StepResult(self.step, lm_loss, norm, rate, time.perf_counter() - started, first_sample, tokens)
 
     def _judge_norm(self, norm: float) -> tuple[str | None, float]:
         """Return what is wrong with the gradient norm of the step, and the norm: 0 where fp16 overflowed."""
@@ -198,11 +200,12 @@ class Trainer:
             layer.counters.reset()
             layer.set_balance_coefficient(coefficient)
 
-    def _agree(self, loss: torch.Tensor) -> tuple[float, list[float]]:
+    def _agree(self, loss: torch.Tensor, micro_batches: list[MicroBatch]) -> tuple[float, TokenCounts, list[float]]:
         """Agree on whether a signal asks to stop, in one collective with what the ranks must know of each other.
 
         Returns:
-            The mean loss over ranks, and for each MoE layer the tokens of all ranks with NaN or infinite scores.
+            The mean loss over ranks, the tokens of the global batch, and for each MoE layer the tokens of all ranks
+            with NaN or infinite scores.
         """
         received = torch.zeros(len(EXIT_CODES), dtype=torch.float64, device=self.device)
         if self._received is not None:
@@ -210,14 +213,17 @@ class Trainer:
         bad_tokens = torch.zeros(self.num_moe_layers, dtype=torch.float64, device=self.device)
         for place, layer in enumerate(self.model.moe_layers, self.first_moe_layer):
             bad_tokens[place] = layer.counters.value("nonfinite_tokens", self.device)
-        shared = torch.cat([loss.double().view(1), received, bad_tokens])
+        counted = torch.stack([sum_of([count(batch) for batch in micro_batches]) for count in _TOKENS_OF_BATCH])
+        shared = torch.cat([loss.double().view(1), counted.double().to(self.device), received, bad_tokens])
         dist.all_reduce(shared)
-        total, *counts = shared.tolist()
+        total, real, with_loss, *counts = shared.tolist()
         for number, count in zip(EXIT_CODES, counts, strict=False):
             if count > 0:
                 self.stop_signal = number
         layout = self.resolved.layout
-        return total / (layout.replicas * layout.tensor), counts[len(EXIT_CODES) :]
+        copies = layout.world_size // layout.data  # ranks that have the same samples
+        tokens = TokenCounts(round(real) // copies, round(with_loss) // copies)
+        return total / (layout.replicas * layout.tensor), tokens, counts[len(EXIT_CODES) :]
 
     def _bad_scores(self, bad_tokens: list[float]) -> str | None:
         """Name the first layer that went wrong; the layers above it only inherit that."""

@@ -66,7 +66,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     not computed, which ``expert_flops_saved`` counts too.
     ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
     one step. ``loss_scale`` and ``skipped_steps``, of this process so far, are there under fp16; ``grad_norm`` of a
-    skipped step is 0. ``bad_steps`` and ``loss_spikes``, of this process so far, are there once there is one.
+    skipped step is 0. ``loss_tokens``, where not every token counts, are those that ``lm_loss`` is the mean over; the
+    routers' losses are then means weighted by real tokens. ``bad_steps`` and ``loss_spikes``, of this process so far,
+    are there once there is one.
 
     Args:
         trainer: the loop.
@@ -88,7 +90,7 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "step_time_s": seconds,
-        "tokens_per_second": trainer.resolved.tokens_per_step / seconds,
+        "tokens_per_second": result.tokens.real / seconds,
         "true_experts_per_token": overall.true_experts_per_token,
         "null_share": overall.null_share,
         "all_null_share": overall.all_null_share,
@@ -114,6 +116,8 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     if trainer.engine.is_scaled:
         record["loss_scale"] = trainer.engine.loss_scale
         record["skipped_steps"] = trainer.engine.skipped_steps
+    if result.tokens.with_loss != trainer.resolved.tokens_per_step:
+        record["loss_tokens"] = result.tokens.with_loss
     record.update({name: count for name, count in trainer.events.items() if count})
     return record, layers
 

@@ -1,8 +1,9 @@
 """The callback that measures: metrics and validation at their intervals, written and shown as one line."""
 
 import logging
+from collections.abc import Sequence
 
-from adamoe_dist.data import TokenDataset
+from adamoe_dist.data import Dataset
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.metrics import LayerRecord, Record, step_record
@@ -22,7 +23,7 @@ class Recorder(Callback):
         tensorboard: its writer, on rank 0 where it is on.
     """
 
-    def __init__(self, validation_sets: list[TokenDataset]) -> None:
+    def __init__(self, validation_sets: Sequence[Dataset]) -> None:
         self.first_validation: Validation | None = None
         self.last_validation: Validation | None = None
         self.last_record: Record = {}

@@ -25,5 +25,9 @@ def balance_coefficient(config: Config, step: int) -> float:
     if balance.type == "none":
         return 0.0
     return annealed_coefficient(
-        step, balance.coefficient, balance.final_coefficient, balance.anneal_steps or config.total_steps
+        step,
+        balance.coefficient,
+        balance.final_coefficient,
+        balance.anneal_steps or config.total_steps,
+        balance.anneal,
     )

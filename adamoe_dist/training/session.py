@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import check_compatible, find_checkpoint, notes_on_cut, remove_leftovers
+from adamoe_dist.checkpoint import Start, check_compatible, find_start, notes_on_cut, remove_leftovers
 from adamoe_dist.config import Config, Resolved, is_allowed, schedule_problem
 from adamoe_dist.data import BatchStream
 from adamoe_dist.dispatch import check_flex
@@ -28,7 +28,7 @@ from adamoe_dist.parallel import (
 from adamoe_dist.planning import describe_run
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.checkpointing import CheckpointWriter, restore
-from adamoe_dist.training.corpora import Corpora, open_corpora, prepare_missing
+from adamoe_dist.training.corpora import Corpora
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.recorder import Recorder
@@ -42,13 +42,14 @@ from adamoe_dist.training.run_directory import (
 from adamoe_dist.training.sampling import SampleWriter
 from adamoe_dist.training.spikes import SpikeReporter
 from adamoe_dist.training.summary import Summary
+from adamoe_dist.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: Config, resolved: Resolved) -> int:
+def train(config: Config, resolved: Resolved, task: Task) -> int:
     """Train and return the exit code.
 
     Rank 0 checks files and prepares missing data while the others wait for it to open the process group, so that a
@@ -64,59 +65,50 @@ def train(config: Config, resolved: Resolved) -> int:
     code, progress = 0, Progress()
     try:
         with watch_ranks(launch, progress, config.monitor.hang_timeout_s):
-            source = _check_before_groups(config, resolved, launch) if launch.rank == 0 else None
+            start = _check_before_groups(config, resolved, task) if launch.rank == 0 else None
             platform.limit_threads()
             expert_nodes = initialize_groups(launch, resolved)
             with sigterm_as_exit():
-                code = _train_in_groups(config, resolved, launch, _from_rank_0(source), expert_nodes, progress)
+                code = _train_in_groups(config, resolved, launch, task, _from_rank_0(start), expert_nodes, progress)
     finally:
         destroy_groups()
     return code
 
 
-def _check_before_groups(config: Config, resolved: Resolved, launch: Launch) -> Path | None:
+def _check_before_groups(config: Config, resolved: Resolved, task: Task) -> Start | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
     check_run_directory(config)
     platform.compute_precision(config.train.precision)
     choose_implementation(config)
     if config.moe.dispatcher.type == "flex":
         check_flex(config.moe.dispatcher.flex_backend)
-    source = _start_checkpoint(config)
-    prepare_missing(config)
-    corpora = open_corpora(config)
-    notes = _check_start(config, resolved, source, corpora)
+    start = find_start(config)
+    notes = task.prepare(config)
+    corpora = task.open(config)
+    notes += _check_start(config, resolved, start, corpora)
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     keep_tokenizer(config, corpora.tokenizer)
     _log_to_file(config.run_dir / "log.txt")
     for note in notes:
         logger.info("%s", note)
-    return source
+    return start
 
 
-def _check_start(config: Config, resolved: Resolved, source: Path | None, corpora: Corpora) -> list[str]:
+def _check_start(config: Config, resolved: Resolved, start: Start | None, corpora: Corpora) -> list[str]:
     """Refuse a checkpoint that the run cannot start from; return what changes with it."""
-    if source is None:
+    if start is None:
         if problem := schedule_problem(config):
             raise UserError(problem)
         return []
-    tree, weights_only = config.to_dict(), config.checkpoint.load_weights is not None
-    identity = corpora.train.identity()
-    notes = check_compatible(source, tree, corpora.tokenizer.fingerprint, weights_only, identity)
-    return notes if weights_only else notes + notes_on_cut(source, tree, resolved)
+    tree, identity = config.to_dict(), corpora.train.identity()
+    notes = check_compatible(start.path, tree, corpora.tokenizer.fingerprint, start.weights_only, identity)
+    return notes if start.weights_only else notes + notes_on_cut(start.path, tree, resolved)
 
 
-def _start_checkpoint(config: Config) -> Path | None:
-    """Return the checkpoint that the run continues from or takes its weights from, if any."""
-    root, settings = checkpoint_root(config), config.checkpoint
-    if settings.load_weights:
-        return find_checkpoint(settings.load_weights, root, key="checkpoint.load_weights")
-    return find_checkpoint(settings.resume, root)
-
-
-def _from_rank_0(source: Path | None) -> Path | None:
+def _from_rank_0(start: Start | None) -> Start | None:
     """Give every rank the checkpoint that rank 0 found: they must start from the same one. Collective."""
-    shared = [source]
+    shared = [start]
     torch.distributed.broadcast_object_list(shared, src=0)
     return shared[0]
 
@@ -125,11 +117,12 @@ def _train_in_groups(
     config: Config,
     resolved: Resolved,
     launch: Launch,
-    source: Path | None,
+    task: Task,
+    start: Start | None,
     expert_nodes: tuple[int, ...],
     progress: Progress,
 ) -> int:
-    corpora = open_corpora(config)
+    corpora = task.open(config)
     dtype = _dtype(config)
     platform.seed_everything(config.run.seed, config.run.deterministic)
     built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda(), expert_nodes)
@@ -158,7 +151,7 @@ def _train_in_groups(
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks, progress)
     _report_start(config, resolved, corpora, built)
-    restore(trainer, source)
+    restore(trainer, start)
     progress.step = trainer.step
     try:
         code = trainer.run()

@@ -247,7 +247,7 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ),
         ({"schedule": {"total_steps": 5}}, 1, "schedule.total_steps=5 is less than train.steps=100"),
         ({"optimizer": {"type": "sgd", "implementation": "apex"}}, 1, "optimizer.implementation=apex is for"),
-        ({"checkpoint": {"load_weights": "x", "resume": "auto"}}, 1, "checkpoint.load_weights=x starts a new run"),
+        ({"checkpoint": {"load_weights": "x", "resume": "y"}}, 1, "checkpoint.load_weights=x starts a new run"),
         ({"zero": {"deepspeed": {"gradient_clipping": 2}}}, 1, "is set by train.gradient_clipping"),
         ({"zero": {"deepspeed": {"communication_data_type": "bf16"}}}, 1, "is set by train.precision"),
         (

@@ -198,9 +198,9 @@ def steps(samples: object, micro: int, ranks: int, count: int, start: int = 0) -
     result = []
     for _ in range(count):
         per_rank = [stream.next_step() for stream in streams]
-        assert all(batch.shape == (micro, S + 1) for batches in per_rank for batch in batches)
+        assert all(batch.tokens.shape == (micro, S + 1) for batches in per_rank for batch in batches)
         turns = zip(*per_rank, strict=True)
-        result.append([row.tolist() for turn in turns for batch in turn for row in batch])
+        result.append([row.tolist() for turn in turns for batch in turn for row in batch.tokens])
     return result
 
 
@@ -221,7 +221,7 @@ def test_resumed_with_another_cut(train: TokenDataset, validation: TokenDataset)
     assert state["consumed_samples"] == 60
     second = BatchStream(blend, 4, 2, 1, 2)
     second.load_state_dict(state)
-    assert torch.equal(second.next_step()[0], torch.tensor(np.stack([blend[62], blend[63]])))
+    assert torch.equal(second.next_step()[0].tokens, torch.tensor(np.stack([blend[62], blend[63]])))
     assert second.consumed_samples == 64
 
 
@@ -246,7 +246,7 @@ def test_resumed_on_other_data(prepared: Path, train: TokenDataset, validation: 
     assert same.consumed_samples == 8
     other = BatchStream(BlendedSamples([train], [1], seed=1), 4, 4, 0, 1, may_be_other_samples=True)
     other.load_state_dict(state | {"consumed_samples": 8})
-    assert torch.equal(other.next_step()[0][0], torch.tensor(train[8]))
+    assert torch.equal(other.next_step()[0].tokens[0], torch.tensor(train[8]))
     reordered = BatchStream(BlendedSamples([train], [1], seed=2), 4, 4, 0, 1, may_be_other_samples=True)
     with pytest.raises(UserError, match=r"run\.seed 2 is not the checkpoint's 1"):
         reordered.load_state_dict(state)
@@ -259,7 +259,8 @@ def test_validation_covers_each_sample_once(validation: TokenDataset, ranks: int
     assert len({len(batches) for batches in passes}) == 1
     seen = []
     for turn in zip(*passes, strict=True):
-        for tokens, weights in turn:
+        for batch, weights in turn:
+            tokens = batch.tokens
             assert tokens.shape == (4, S + 1) and weights.shape == (4,)
             seen += [row.tolist() for row, weight in zip(tokens, weights, strict=True) if weight == 1]
             assert set(weights.tolist()) <= {0.0, 1.0}

@@ -61,6 +61,22 @@ def padding_of(tokens: torch.Tensor) -> torch.Tensor:
     return torch.arange(length, device=tokens.device) >= real.unsqueeze(1)
 
 
+def loss_mask_of(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, S) of tokens (B, S + 1): real tokens after a prompt whose length the sample decides; of some samples none."""
+    length = tokens.shape[1] - 1
+    prompt = tokens[:, 1:4].sum(dim=1) % (length // 2)
+    is_prompt = torch.arange(length, device=tokens.device) < prompt.unsqueeze(1)
+    has_loss = tokens.sum(dim=1, keepdim=True) % 3 > 0
+    return ~padding_of(tokens) & ~is_prompt & has_loss
+
+
+def batch_of(tokens: torch.Tensor, padded: bool = False, masked: bool = False) -> Any:
+    from adamoe_dist.data import MicroBatch
+
+    padding = padding_of(tokens) if padded or masked else None
+    return MicroBatch(tokens, loss_mask_of(tokens) if masked else None, padding)
+
+
 def gathered(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Join the parts of every weight over all ranks, so that every layout has the same names and shapes.
 
@@ -149,12 +165,14 @@ def train(
     force: str | None = None,
     padded: bool = False,
     noise: float = 0.0,
+    masked: bool = False,
 ) -> Outcome:
     """Train a small model on this rank's part of each global batch; all ranks call it together.
 
     ``degrees`` are those of the section ``parallel``, or the expert-parallel degree alone. ``force`` bends the router:
     ``starve`` leaves expert 0 without rows in the first micro-batch, ``all_null`` sends every token of it to null
-    experts only. ``padded`` marks the ends of samples as padding, of some more than of others. ``noise`` adds
+    experts only. ``padded`` marks the ends of samples as padding, of some more than of others;
+    ``masked`` does that too and takes the loss of some tokens only, of some micro-batches none. ``noise`` adds
     random numbers of that norm, relative to its own, to each gradient that a micro-batch gives.
     """
     import torch.distributed as dist
@@ -198,7 +216,7 @@ def train(
                 layer.counters.reset()
             capture = GradientCapture(built.model) if step == 0 else None
             watch.start_step()
-            total = schedule.run(micro, [padding_of(tokens) for tokens in micro] if padded else None)
+            total = schedule.run([batch_of(tokens, padded, masked) for tokens in micro])
             if capture:
                 outcome.first_micro_batch = watch.first_micro_batch
                 outcome.gradients = gathered(built.model, capture.reduced(layout))

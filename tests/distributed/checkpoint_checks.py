@@ -56,9 +56,10 @@ class Run:
         self.controller = load_controller(self.config, model)
         self.layout = {"world_size": self.launch.world_size, "expert": layout.expert_parallel, "zero": layout.stage}
 
-    def advance(self, steps: range, batches: Callable[[int], list[torch.Tensor]] | None = None) -> Outcome:
+    def advance(self, steps: range, batches: Callable[[int], list[Any]] | None = None) -> Outcome:
         import torch.distributed as dist
 
+        from adamoe_dist.data import MicroBatch
         from adamoe_dist.parallel import data_parallel_rank
 
         outcome = Outcome()
@@ -68,7 +69,7 @@ class Run:
             else:
                 batch = tokens_of(step, self.config.train.global_batch_size, self.config.model.sequence_length)
                 parts = batch.split(self.resolved.micro_batch_size)
-                micro = list(parts[data_parallel_rank() :: self.resolved.data_parallel])
+                micro = [MicroBatch(part) for part in parts[data_parallel_rank() :: self.resolved.data_parallel]]
             for layer in self.engine.model.moe_layers:
                 layer.counters.reset()
             total = self.schedule.run(micro)
@@ -260,10 +261,10 @@ def train_on_stream(
             stream.load_state_dict(load_checkpoint(source, run.engine)["data"])
         seen: list[list[int]] = []
 
-        def next_batch(_: int) -> list[torch.Tensor]:
+        def next_batch(_: int) -> list[Any]:
             micro = stream.next_step()
-            assert all(len(tokens) == resolved.micro_batch_size for tokens in micro)
-            seen.append([int(row[0]) * VOCAB + int(row[1]) for tokens in micro for row in tokens])
+            assert all(len(batch.tokens) == resolved.micro_batch_size for batch in micro)
+            seen.append([int(row[0]) * VOCAB + int(row[1]) for batch in micro for row in batch.tokens])
             return micro
 
         outcome = Outcome()

@@ -1,0 +1,166 @@
+"""Token ids of a JSONL file's examples: cut once, kept in a directory, and mapped into memory by every rank."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adamoe_dist.data.example_tokens import ChatTokenizer, ExampleTokens, tokens_of_example
+from adamoe_dist.data.examples import read_examples
+from adamoe_dist.data.storage import entropy
+from adamoe_dist.data.tokenizer import TextTokenizer
+from adamoe_dist.errors import UserError
+
+FORMAT_VERSION = 1
+TooLong = Literal["refuse", "truncate", "skip"]
+
+
+@dataclass(frozen=True)
+class ExampleRules:
+    """What decides how examples become tokens, besides file and tokenizer."""
+
+    most_tokens: int
+    """Of one example: ``model.sequence_length`` + 1."""
+    too_long: TooLong = "refuse"
+    on_all: bool = False
+
+
+@dataclass(frozen=True)
+class ExampleCounts:
+    """What became of a file's examples.
+
+    Attributes:
+        examples: those that are used.
+        truncated: of these, how many lost their ends.
+        skipped: those that are too long and are not used, or have no token to learn from once truncated.
+        target_bytes: UTF-8 bytes of the text that the loss is of.
+        target_entropy: entropy of the frequencies of the tokens that the loss is of, in nats.
+    """
+
+    examples: int
+    truncated: int
+    skipped: int
+    target_bytes: int
+    target_entropy: float
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleStore:
+    """All examples of a file, one after the other.
+
+    Attributes:
+        ids: int32 (tokens,).
+        targets: bool (tokens,), true where the loss is of the token; never of an example's first.
+        ends: int64 (examples,), where each example ends.
+        counts: what became of the file's lines.
+        eod_id: of the tokenizer.
+    """
+
+    ids: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    ends: NDArray[np.int64]
+    counts: ExampleCounts
+    eod_id: int
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example (examples,)."""
+        return np.diff(self.ends, prepend=0)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the tokens, their targets and where examples end."""
+        digest = hashlib.sha256(str(self.eod_id).encode())
+        for array in (self.ids, self.targets, self.ends):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def load_examples(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cache: Path | None = None) -> ExampleStore:
+    """Return the examples of a JSONL file: those kept in ``cache`` where they are there, else cut here and now.
+
+    Raises:
+        UserError: the file or a line cannot be used, or no example is left.
+    """
+    place = _place(path, tokenizer, rules, cache)
+    if place is not None and place.is_dir():
+        return _read(place)
+    return _cut(path, tokenizer, rules)
+
+
+def keep_examples(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cache: Path) -> ExampleStore:
+    """Do what :func:`load_examples` does, and keep the result in ``cache`` for later; on one process only."""
+    place = _place(path, tokenizer, rules, cache)
+    assert place is not None
+    if place.is_dir():
+        return _read(place)
+    store = _cut(path, tokenizer, rules)
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in ("ids", "targets", "ends"):
+        np.save(partial / f"{name}.npy", getattr(store, name))
+    description = {"counts": asdict(store.counts), "eod_id": store.eod_id, "source": path}
+    (partial / "info.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    partial.rename(place)
+    return store
+
+
+def _place(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cache: Path | None) -> Path | None:
+    """Return the directory of a file's tokens: its name says all that they follow from."""
+    if cache is None or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    has_template = isinstance(tokenizer, ChatTokenizer) and tokenizer.has_chat_template
+    parts = (FORMAT_VERSION, content, tokenizer.fingerprint, has_template, *asdict(rules).values())
+    return cache / hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+def _read(place: Path) -> ExampleStore:
+    arrays: dict[str, Any] = {
+        name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ("ids", "targets", "ends")
+    }
+    description = json.loads((place / "info.json").read_text(encoding="utf-8"))
+    return ExampleStore(**arrays, counts=ExampleCounts(**description["counts"]), eod_id=description["eod_id"])
+
+
+def _cut(path: str, tokenizer: TextTokenizer, rules: ExampleRules) -> ExampleStore:
+    ids: list[NDArray[np.int32]] = []
+    targets: list[NDArray[np.bool_]] = []
+    target_bytes = truncated = skipped = 0
+    for example in read_examples(path):
+        tokens = tokens_of_example(example, tokenizer, rules.on_all)
+        is_long = len(tokens.ids) > rules.most_tokens
+        if is_long and rules.too_long == "refuse":
+            raise UserError(
+                f"{example.source} has {len(tokens.ids)} tokens, more than model.sequence_length + 1 = "
+                f"{rules.most_tokens}; raise model.sequence_length, or set finetune.too_long to truncate or skip"
+            )
+        kept = ExampleTokens(tokens.ids[: rules.most_tokens], tokens.targets[: rules.most_tokens])
+        if (is_long and rules.too_long == "skip") or not any(kept.targets[1:]):
+            if not is_long:
+                raise UserError(f"{example.source} has no token to learn from; mend or remove the line")
+            skipped += 1
+            continue
+        truncated += is_long
+        ids.append(np.asarray(kept.ids, dtype=np.int32))
+        targets.append(np.asarray([False, *kept.targets[1:]]))
+        text = tokenizer.decode([i for i, t in zip(kept.ids, kept.targets, strict=True) if t and i != tokenizer.eod_id])
+        target_bytes += len(text.encode())
+    if not ids:
+        raise UserError(
+            f"data {path}: every example is longer than model.sequence_length + 1 = {rules.most_tokens} tokens and "
+            "nothing is left; raise model.sequence_length"
+        )
+    all_ids, all_targets = np.concatenate(ids), np.concatenate(targets)
+    counts = ExampleCounts(
+        len(ids), truncated, skipped, target_bytes, entropy(np.bincount(all_ids[all_targets]).astype(np.int64))
+    )
+    ends = np.cumsum([len(part) for part in ids]).astype(np.int64)
+    return ExampleStore(all_ids, all_targets, ends, counts, tokenizer.eod_id)

@@ -1,0 +1,115 @@
+"""From an example to token ids, and which of them the loss is of.
+
+Without a chat template the text is plain. A prompt and a completion are cut into tokens each by itself, joined as they
+are, and ended by the end-of-document id. Of a conversation each message becomes ``role: content``; one of the assistant
+ends with the end-of-document id, every other with a line break. ``assistant: `` counts as prompt.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from adamoe_dist.data.examples import PLAIN_ROLES, Completion, Conversation, Example
+from adamoe_dist.data.tokenizer import TextTokenizer
+from adamoe_dist.errors import UserError
+
+
+@runtime_checkable
+class ChatTokenizer(Protocol):
+    """What a tokenizer with a chat template has besides what every :class:`TextTokenizer` has."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it has one."""
+
+    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+        """Return the ids of messages in the template; with the beginning of the assistant's next turn if asked."""
+
+
+class ExampleTokens(NamedTuple):
+    """Token ids of one example and, for each, whether the loss is of it. The first id is never predicted."""
+
+    ids: list[int]
+    targets: list[bool]
+
+
+def tokens_of_example(example: Example, tokenizer: TextTokenizer, on_all: bool = False) -> ExampleTokens:
+    """Cut an example into tokens; the last is the end-of-document id, or what the chat template ends with and it.
+
+    Args:
+        example: from :func:`read_examples`.
+        tokenizer: whose chat template, where it has one, renders conversations.
+        on_all: let the loss be of all tokens, and not of completions and assistant turns alone.
+
+    Raises:
+        UserError: a role is not known, or the template does not take the conversation; file and line are named.
+    """
+    if isinstance(example, Completion):
+        tokens = _completion(example, tokenizer)
+    elif isinstance(tokenizer, ChatTokenizer) and tokenizer.has_chat_template:
+        tokens = _templated(example, tokenizer, tokenizer.eod_id)
+    else:
+        tokens = _plain(example, tokenizer)
+    return ExampleTokens(tokens.ids, [True] * len(tokens.ids)) if on_all else tokens
+
+
+def _completion(example: Completion, tokenizer: TextTokenizer) -> ExampleTokens:
+    prompt, completion = tokenizer.encode(example.prompt), [*tokenizer.encode(example.completion), tokenizer.eod_id]
+    return ExampleTokens([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
+
+
+def _plain(example: Conversation, tokenizer: TextTokenizer) -> ExampleTokens:
+    ids: list[int] = []
+    targets: list[bool] = []
+    for number, message in enumerate(example.messages):
+        role, content = message["role"], message["content"]
+        if role not in PLAIN_ROLES:
+            raise UserError(
+                f"{example.source} messages[{number}] has role {role!r}, and the plain format of a tokenizer without "
+                f"chat template knows {', '.join(PLAIN_ROLES)}; mend or remove the line"
+            )
+        is_learnt = role == "assistant"
+        parts = [(f"{role}: ", False), (content, True)] if is_learnt else [(f"{role}: {content}\n", False)]
+        for text, is_target in parts:
+            piece = tokenizer.encode(text)
+            ids += piece
+            targets += [is_target] * len(piece)
+        if is_learnt:
+            ids.append(tokenizer.eod_id)
+            targets.append(True)
+    return ExampleTokens(ids, targets)
+
+
+def _templated(example: Conversation, tokenizer: ChatTokenizer, eod_id: int) -> ExampleTokens:
+    """Find the assistant's turns by rendering more and more messages: each rendering must begin with the one before."""
+    ids: list[int] = []
+    targets: list[bool] = []
+
+    def extend(longer: list[int], is_target: bool, number: int) -> None:
+        if longer[: len(ids)] != ids:
+            raise UserError(
+                f"{example.source} messages[{number}]: the tokenizer's chat template renders the messages before it "
+                "otherwise once it follows, so that the assistant's turns cannot be told apart; give the tokenizer a "
+                "template that only adds, or write prompts and completions"
+            )
+        targets.extend([is_target] * (len(longer) - len(ids)))
+        ids[:] = longer
+
+    for number, message in enumerate(example.messages):
+        if message["role"] != "assistant":
+            continue
+        extend(_rendered(example, tokenizer, number, True), False, number)
+        extend(_rendered(example, tokenizer, number + 1, False), True, number)
+    if ids[-1] != eod_id:
+        ids.append(eod_id)
+        targets.append(False)
+    return ExampleTokens(ids, targets)
+
+
+def _rendered(example: Conversation, tokenizer: ChatTokenizer, count: int, begins_turn: bool) -> list[int]:
+    try:
+        return tokenizer.chat_ids(example.messages[:count], begins_turn)
+    except Exception as problem:  # a template raises what it likes
+        words = " ".join(str(problem).split())
+        raise UserError(
+            f"{example.source}: the tokenizer's chat template does not take its messages ({words}); mend or remove the "
+            "line"
+        ) from problem
