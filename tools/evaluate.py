@@ -46,7 +46,9 @@ def _parser() -> ToolParser:
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or an accelerate map as balanced")
     parser.add_argument("--output", metavar="FILE.json", help="write everything there, each layer too")
-    parser.add_argument("--predictions", metavar="FILE.jsonl", help="write each item's log-likelihoods and choices there")
+    parser.add_argument(
+        "--predictions", metavar="FILE.jsonl", help="write each item's log-likelihoods and choices there"
+    )
     parser.add_argument("--json", action="store_true", help="print what --output would hold instead of the summary")
     parser.add_argument(
         "--write-items", metavar="FILE.jsonl", help="only bring --tasks into one layout, for lm-evaluation-harness"
@@ -119,7 +121,9 @@ def _show(title: str, report: dict[str, Any]) -> None:
             f"{text['bits_per_byte']:.4f} bits a byte"
         )
         if text["unknown_tokens"]:
-            say(f"  {text['unknown_tokens']} unknown tokens: what they stood for is not scored, so this is a lower bound")
+            say(
+                f"  {text['unknown_tokens']} unknown tokens: what they stood for is not scored, so this is a lower bound"
+            )
         _show_experts(text["expert_use"])
 
 

@@ -50,7 +50,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help='a file whose whole text is the prompt; of a .jsonl file each line is one, a string or {"prompt": ...}',
     )
     prompts.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")
-    parser.add_argument("--chat", action="store_true", help="make a conversation of it by the tokenizer's chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="make a conversation of it by the tokenizer's chat template"
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,9 @@ class OpenedModel:
         )
 
 
-def open_model(path: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None) -> OpenedModel:
+def open_model(
+    path: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None
+) -> OpenedModel:
     """Open a model.
 
     Args:
