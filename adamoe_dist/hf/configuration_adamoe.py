@@ -41,7 +41,9 @@ class AdaMoEConfig(PreTrainedConfig):
         num_identity_experts: null experts that return the token.
         num_constant_experts: null experts that return a mixture of the token and a learned vector; the last columns.
         gating_residual: whether each router adds a learned map of the previous router's logits.
-        selection_bias: whether a bias is added to the true experts' scores for the choice alone.
+        target_load: true experts a token that training held by a bias on the true experts' scores, which acts on the
+            choice alone; None: there is no such bias.
+        capacity_factor: beyond which training dropped tokens of an expert; here no token is dropped. None: none was.
         router_balance: balance loss: "null_averaged" (equation 6), "grouped", "switch" or "none".
         router_aux_loss_coef: its weight in the loss.
         router_target_null_share: part of the slots that "grouped" gives to null experts; None: m / (n + m).
@@ -83,7 +85,8 @@ class AdaMoEConfig(PreTrainedConfig):
     num_identity_experts: int = 0
     num_constant_experts: int = 0
     gating_residual: bool = False
-    selection_bias: bool = False
+    target_load: float | None = None
+    capacity_factor: float | None = None
     router_balance: str = "null_averaged"
     router_aux_loss_coef: float = 0.02
     router_target_null_share: float | None = None

@@ -78,7 +78,8 @@ def class_values(config: Config, vocab_size: int, step: int | None = None) -> di
         "num_identity_experts": moe.null_types.identity,
         "num_constant_experts": moe.null_types.constant,
         "gating_residual": router.gating_residual,
-        "selection_bias": router.target_load is not None,
+        "target_load": router.target_load,
+        "capacity_factor": router.capacity_factor,
         "router_balance": balance.type,
         "router_aux_loss_coef": annealed_coefficient(
             step or 0, balance.coefficient, balance.final_coefficient, balance.anneal_steps or config.total_steps

@@ -64,7 +64,7 @@ class AdaMoERouter(nn.Module):
         self.gating_residual_weight = (
             nn.Parameter(torch.empty(experts + null, experts + null)) if has_residual else None
         )
-        self.register_buffer("expert_bias", torch.zeros(experts) if config.selection_bias else None)
+        self.register_buffer("expert_bias", None if config.target_load is None else torch.zeros(experts))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaMoERouter":
         """Move the bias with the module, but keep its type: it decides between near equal scores."""

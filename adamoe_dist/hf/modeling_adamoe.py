@@ -35,6 +35,9 @@ from .layers_adamoe import (
 from .routing_adamoe import balance_loss, z_loss
 
 
+IGNORED = -100
+
+
 @dataclass
 class AdaMoEModelOutput(MoeModelOutputWithPast):
     """Output of the layers.
@@ -278,7 +281,7 @@ class AdaMoEForCausalLM(AdaMoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if outputs.router_loss is not None:
-                share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                share = _share_of_batch(labels, kwargs)
                 loss = loss + share * outputs.router_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -301,11 +304,13 @@ def _real_tokens(attention_mask: Any, hidden_BSH: Tensor) -> Tensor | None:
     return attention_mask[:, -length:].to(hidden_BSH.device, torch.bool).reshape(-1)
 
 
-def _share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def _share_of_batch(labels: Tensor, keywords: dict[str, Any]) -> Tensor | float:
     """Return this micro-batch's part of the labels that a step's loss is divided by."""
-    if num_items_in_batch is None:
+    labels_of_step = keywords.get("num_items_in_batch")
+    if labels_of_step is None:
         return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+    shifted = keywords.get("shift_labels")
+    return ((labels[:, 1:] if shifted is None else shifted) != IGNORED).sum() / labels_of_step
 
 
 __all__ = ["AdaMoEForCausalLM", "AdaMoEModel", "AdaMoEPreTrainedModel"]
