@@ -100,6 +100,28 @@ def evaluate(model: Path, tests: list[Path], options: argparse.Namespace) -> dic
     return content
 
 
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a Markdown table: each model on each file of questions, and what its experts did there."""
+    lines = [
+        "| model | questions | accuracy, by length in characters (95 %) | true experts a token | null share | "
+        "expert FLOPs saved against top-2 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, result in results.items():
+        for file, task in result["checkpoint"]["tasks"].items():
+            accuracy, used = task["accuracy"]["characters"], task["expert_use"]
+            low, high = accuracy["interval_95"]
+            experts = "| | |"
+            if used is not None:
+                load = used["true_experts_per_token"]
+                experts = f"{load:.2f} | {used['null_share']:.1%} | {1 - load / 2:.1%} |"
+            lines.append(
+                f"| {name} | {Path(file).stem} ({task['items']}) | {accuracy['value']:.3f} ({low:.3f}-{high:.3f}) | "
+                f"{experts}"
+            )
+    return lines
+
+
 def main(argv: list[str]) -> None:
     """Do what is left to do, and print the table."""
     options = _parser().parse_args(argv)
@@ -118,7 +140,11 @@ def main(argv: list[str]) -> None:
     for arm in arms:
         model = finetune(arm, prepare(arm, options), train, options)
         results[arm.name] = evaluate(model, tests, options)
-    report(results, options)
+    say("")
+    for line in table(results):
+        say(line)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
