@@ -7,7 +7,13 @@ from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_che
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
-from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
+from adamoe_dist.checkpoint.null_experts import (
+    bytes_to_copy,
+    changed_keys,
+    drawn_null_rows,
+    plan_null_experts,
+    set_null_experts,
+)
 from adamoe_dist.checkpoint.regions import RegionReader
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
 from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes
