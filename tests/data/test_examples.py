@@ -133,7 +133,7 @@ def test_conversations_go_through_the_tokenizers_template() -> None:
     tokens = tokens_of_example(Conversation(CHAT, "f:1"), Chat())
     assert tokens.ids == [*map(ord, "<system>be;<user>a?;<assistant>A;<user>b?;<assistant>B;"), EOD]
     assert learnt(tokens, Chat()) == "A;B;"
-    with pytest.raises(UserError, match=r"f:1 messages\[4\]: .*renders the messages before it otherwise"):
+    with pytest.raises(UserError, match=r"f:1 messages\[2\]: .*renders the messages before it otherwise"):
         tokens_of_example(Conversation(CHAT, "f:1"), Chat(is_stable=False))
     with pytest.raises(UserError, match=r"f:2: .* does not take its messages \(no tools here\)"):
         tokens_of_example(Conversation([{"role": "tool", "content": "x"}, CHAT[2]], "f:2"), Chat())
