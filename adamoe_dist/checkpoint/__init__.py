@@ -11,20 +11,31 @@ from adamoe_dist.checkpoint.directory import (
     has_checkpoints,
     remove_leftovers,
 )
+from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
-from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
+from adamoe_dist.checkpoint.null_experts import (
+    bytes_to_copy,
+    changed_keys,
+    drawn_null_rows,
+    plan_null_experts,
+    set_null_experts,
+)
+from adamoe_dist.checkpoint.regions import RegionReader
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
 from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes
 from adamoe_dist.checkpoint.snapshot import Snapshot, take_snapshot
+from adamoe_dist.checkpoint.weights_writer import WeightsWriter
 
 __all__ = [
     "CheckpointError",
     "CheckpointSaver",
+    "RegionReader",
     "Retention",
     "SaveTimes",
     "Snapshot",
     "Start",
+    "WeightsWriter",
     "bytes_to_copy",
     "changed_keys",
     "check_compatible",
@@ -38,8 +49,10 @@ __all__ = [
     "notes_on_cut",
     "plan_null_experts",
     "read_config",
+    "read_index",
     "read_manifest",
     "read_state",
+    "read_tensor",
     "remove_leftovers",
     "save_checkpoint",
     "set_null_experts",

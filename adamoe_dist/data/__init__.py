@@ -12,31 +12,33 @@ if TYPE_CHECKING:
     from adamoe_dist.data.corpus import Document, corpus_bytes, iterate_documents, validate_inputs
     from adamoe_dist.data.example_samples import ExampleSamples
     from adamoe_dist.data.example_store import ExampleRules, keep_examples, load_examples
-    from adamoe_dist.data.example_tokens import ChatTokenizer, tokens_of_example
+    from adamoe_dist.data.example_tokens import tokens_of_example
     from adamoe_dist.data.examples import read_examples
     from adamoe_dist.data.indexed import TokenDataset
     from adamoe_dist.data.micro_batch import MaskedSample, MicroBatch
     from adamoe_dist.data.prepare import PreparationSummary, prepare_corpus
     from adamoe_dist.data.standard_library import STANDARD_LIBRARY
     from adamoe_dist.data.storage import PartInfo, read_info
-    from adamoe_dist.data.tokenizer import TextTokenizer, Tokenizer
+    from adamoe_dist.data.tokenizer import Tokenizer
+    from adamoe_dist.data.tokenizer_huggingface import HuggingFaceTokenizer
+    from adamoe_dist.data.tokenizer_sentencepiece import SentencePieceTokenizer
     from adamoe_dist.data.tokenizer_training import TrainingSummary, train_tokenizer
 
 __all__ = [
     "STANDARD_LIBRARY",
     "BatchStream",
     "BlendedSamples",
-    "ChatTokenizer",
     "Dataset",
     "Document",
     "ExampleRules",
     "ExampleSamples",
+    "HuggingFaceTokenizer",
     "MaskedSample",
     "MicroBatch",
     "PartInfo",
     "PreparationSummary",
     "Samples",
-    "TextTokenizer",
+    "SentencePieceTokenizer",
     "TokenDataset",
     "Tokenizer",
     "TrainingSummary",
@@ -59,14 +61,16 @@ _HOMES = {
     "corpus": ("Document", "corpus_bytes", "iterate_documents", "validate_inputs"),
     "example_samples": ("ExampleSamples",),
     "example_store": ("ExampleRules", "keep_examples", "load_examples"),
-    "example_tokens": ("ChatTokenizer", "tokens_of_example"),
+    "example_tokens": ("tokens_of_example",),
     "examples": ("read_examples",),
     "indexed": ("TokenDataset",),
     "micro_batch": ("MaskedSample", "MicroBatch"),
     "prepare": ("PreparationSummary", "prepare_corpus"),
     "standard_library": ("STANDARD_LIBRARY",),
     "storage": ("PartInfo", "read_info"),
-    "tokenizer": ("TextTokenizer", "Tokenizer"),
+    "tokenizer": ("Tokenizer",),
+    "tokenizer_huggingface": ("HuggingFaceTokenizer",),
+    "tokenizer_sentencepiece": ("SentencePieceTokenizer",),
     "tokenizer_training": ("TrainingSummary", "train_tokenizer"),
 }
 

@@ -32,7 +32,13 @@ from adamoe_dist.training.corpora import Corpora
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.recorder import Recorder
-from adamoe_dist.training.run_directory import check_run_directory, checkpoint_root, create_run_directory, environment
+from adamoe_dist.training.run_directory import (
+    check_run_directory,
+    checkpoint_root,
+    create_run_directory,
+    environment,
+    keep_tokenizer,
+)
 from adamoe_dist.training.sampling import SampleWriter
 from adamoe_dist.training.spikes import SpikeReporter
 from adamoe_dist.training.summary import Summary
@@ -78,9 +84,11 @@ def _check_before_groups(config: Config, resolved: Resolved, task: Task) -> Star
         check_flex(config.moe.dispatcher.flex_backend)
     start = find_start(config)
     notes = task.prepare(config)
-    notes += _check_start(config, resolved, start, task.open(config))
+    corpora = task.open(config)
+    notes += _check_start(config, resolved, start, corpora)
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
+    keep_tokenizer(config, corpora.tokenizer)
     _log_to_file(config.run_dir / "log.txt")
     for note in notes:
         logger.info("%s", note)
