@@ -13,7 +13,14 @@ from adamoe_dist.checkpoint.directory import (
 )
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
-from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.manifest import (
+    copy_file,
+    describe_file,
+    read_config,
+    read_manifest,
+    read_state,
+    verify_files,
+)
 from adamoe_dist.checkpoint.null_experts import (
     bytes_to_copy,
     changed_keys,
@@ -40,7 +47,9 @@ __all__ = [
     "changed_keys",
     "check_compatible",
     "checkpoint_at",
+    "copy_file",
     "describe_checkpoint",
+    "describe_file",
     "find_checkpoint",
     "find_start",
     "has_checkpoints",

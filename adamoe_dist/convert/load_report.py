@@ -38,9 +38,7 @@ class LayerLoad:
     all_null_share: float
 
 
-def measure_load(
-    checkpoint: Path, vocab_size: int, tokenizer: Path, texts: list[Path]
-) -> tuple[int, list[LayerLoad]]:
+def measure_load(checkpoint: Path, vocab_size: int, tokenizer: Path, texts: list[Path]) -> tuple[int, list[LayerLoad]]:
     """Route texts through the model of a checkpoint in one process.
 
     Args:
@@ -61,8 +59,8 @@ def measure_load(
     counts = torch.zeros(len(config.moe_layers), 3, dtype=torch.float64)
     with torch.no_grad(), megatron_model(checkpoint, vocab_size) as model:
         device = next(model.parameters()).device
-        for place, layer in enumerate(model.moe_layers):
-            layer.router.register_forward_hook(_counting(counts[place]))
+        for place, module in enumerate(model.moe_layers):
+            module.router.register_forward_hook(_counting(counts[place]))
         for window in windows:
             model.logits(window.to(device))
     loads = []

@@ -104,8 +104,8 @@ def _check_choice(config: Config, choice: NullChoice) -> None:
         )
     if choice.top_k not in (None, own):
         raise UserError(
-            f"--top-k {choice.top_k} with --preserve-output would give a token {choice.top_k} true experts at first, and "
-            f"the model selects {own}; leave --top-k out"
+            f"--top-k {choice.top_k} with --preserve-output would give a token {choice.top_k} true experts at first, "
+            f"and the model selects {own}; leave --top-k out"
         )
 
 

@@ -52,7 +52,7 @@ def add_null_options(parser: argparse.ArgumentParser, top_k: str) -> None:
 
 
 def null_choice(options: argparse.Namespace, top_k: int | None) -> NullChoice:
-    """Return the null experts that were asked for.
+    """Return the null experts that were asked for, with ``top_k`` slots a token.
 
     Raises:
         UserError: an option says something of null experts and there are none.
@@ -134,19 +134,17 @@ def add_upcycle(commands: Any) -> None:
 
 def run_upcycle(options: argparse.Namespace) -> None:
     """Do ``upcycle``."""
-    from adamoe_dist.convert.null_choices import with_null_experts
-
     top_k = 2 if options.top_k is None else options.top_k
     sizes = Upcycling(options.num_experts, top_k, options.expert_hidden_size, options.noise, options.seed)
-    upcycling = plan_upcycling(Path(options.source), sizes, options.num_null_experts)
-    plan = with_null_experts(upcycling.checkpoint, null_choice(options, top_k))
+    upcycling = plan_upcycling(Path(options.source), sizes, null_choice(options, None))
+    plan = upcycling.checkpoint
     texts, target = check_texts(options, plan), Path(options.to)
     check_output(target, plan.bytes)
     with progress(plan.bytes, "B", f"upcycle {plan.source.path.name}") as bar:
-        path = upcycle(plan, sizes, target, on_bytes=bar.update)
+        path = upcycle(upcycling, target, on_bytes=bar.update)
     experts = "whole copies" if upcycling.pieces == 1 else f"pieces of {upcycling.pieces}"
     say(f"{path}: {plan.config.moe.num_experts} experts a layer, {experts}, top-k {plan.config.moe.top_k}")
     say(describe_null_experts(plan))
-    say(f"output before training: {upcycling.output(plan.config)}")
+    say(f"output before training: {upcycling.output}")
     report_load(path, plan, texts)
     say(f"start a run from it with: --config {target / RUN_CONFIG} data.train=[{{path: PREFIX}}]")

@@ -8,8 +8,8 @@ all of a copy or none (arXiv 2410.07524); they part in training.
 Legend of shapes: D inner width of the dense feed-forward, F of an expert, E experts, H hidden size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from adamoe_dist.config import Config, config_from_dict, model_problems
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.importing import ImportPlan, OnBytes, write_checkpoint
 from adamoe_dist.convert.mapping import Names, Place, Weight, layer_prefix
+from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
 from adamoe_dist.errors import UserError
 
 GATE, UP, DOWN = range(3)
@@ -33,7 +34,7 @@ class Upcycling:
 
     Attributes:
         num_experts: E.
-        top_k: experts that a token selects.
+        top_k: slots of a token.
         expert_hidden_size: F, which divides D; None: D.
         noise: standard deviation of what is added to each expert's matrices, over that of the matrix.
         seed: of the noise and of the router's rows.
@@ -65,38 +66,57 @@ class UpcyclePlan:
         checkpoint: as of an import.
         options: how experts are made.
         pieces: P, into which a dense feed-forward is cut.
-        keeps_output: the first step's output is the dense model's, but for rounding, as long as a token's slots
-            hold true experts only.
+        preserves_output: null experts are shut out at first.
     """
 
     checkpoint: ImportPlan
     options: Upcycling
     pieces: int
-    keeps_output: bool
+    preserves_output: bool
+
+    @property
+    def output(self) -> str:
+        """What the model gives before training."""
+        moe = self.checkpoint.config.moe
+        nulls = 0 if self.preserves_output else moe.num_null_experts
+        if self.options.noise:
+            return f"near the dense model's: experts differ by noise of {self.options.noise:g}"
+        if self.pieces > 1 and (nulls or moe.top_k % self.pieces):
+            return f"not the dense model's: a token does not select all {self.pieces} pieces of a copy"
+        if nulls >= moe.top_k:
+            return "the dense model's but for tokens that take null experts only, which lose the feed-forward"
+        return "the dense model's"
 
 
-def plan_upcycling(source: Path, options: Upcycling) -> UpcyclePlan:
+def plan_upcycling(source: Path, options: Upcycling, choice: NullChoice | None = None) -> UpcyclePlan:
     """Look at a dense model and say what its upcycling will write.
+
+    Args:
+        source: the Hugging Face directory.
+        options: how experts are made.
+        choice: null experts beside them; None: no such.
 
     Raises:
         UserError: the model has experts already, or such experts cannot be made of it.
     """
+    choice = choice or NullChoice(0)
     directory = HFDirectory(source)
     if not directory.family.is_dense:
         raise UserError(f"--from {source} has experts already ({directory.family.model_type}); use the command import")
     dense = directory.architecture.config()
     width = dense.model.ffn_hidden_size or 4 * dense.model.hidden_size
     pieces = _pieces(options, width)
-    config = _config(dense, options, width // pieces)
+    config = _config(dense, options, width // pieces, choice.num_null)
     directory.check_tokenizer()
-    names = directory.family.names
-    weights = _weights(directory.weights(dense), config, names, pieces)
-    routers = {
+    weights = _weights(directory.weights(dense), config, directory.family.names, pieces)
+    routers: dict[str, Callable[[], Tensor]] = {
         f"{layer_prefix(layer)}mlp.router.weight": partial(_router_rows, config, options, pieces, layer)
         for layer in range(config.model.num_layers)
     }
     plan = ImportPlan(directory, config, weights, routers, keeps_origin=False)
-    return UpcyclePlan(plan, options, pieces, options.noise == 0 and options.top_k % pieces == 0)
+    if choice.num_null and not choice.preserves_output:
+        choice = replace(choice, top_k=options.top_k)
+    return UpcyclePlan(with_null_experts(plan, choice), options, pieces, choice.preserves_output)
 
 
 def upcycle(
@@ -139,7 +159,7 @@ def _pieces(options: Upcycling, width: int) -> int:
     return pieces
 
 
-def _config(dense: Config, options: Upcycling, inner: int) -> Config:
+def _config(dense: Config, options: Upcycling, inner: int, num_null: int) -> Config:
     if options.noise < 0:
         raise UserError(f"--noise {options.noise} must not be negative")
     if options.num_experts < 1 or options.top_k < 1:
@@ -149,10 +169,9 @@ def _config(dense: Config, options: Upcycling, inner: int) -> Config:
     tree["moe"] |= {
         "num_experts": options.num_experts,
         "num_null_experts": 0,
-        "top_k": options.top_k,
+        "top_k": min(options.top_k, options.num_experts) if num_null else options.top_k,
         "expert_hidden_size": inner,
         "dense_layers": [],
-        "reference_top_k": 1 if inner == (dense.model.ffn_hidden_size or 0) else None,
     }
     config = config_from_dict(tree)
     problems = model_problems(config)
