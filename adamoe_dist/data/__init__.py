@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from adamoe_dist.data.corpus import Document, corpus_bytes, iterate_documents, validate_inputs
     from adamoe_dist.data.example_samples import ExampleSamples
     from adamoe_dist.data.example_store import ExampleRules, keep_examples, load_examples
-    from adamoe_dist.data.example_tokens import ChatTokenizer, tokens_of_example
+    from adamoe_dist.data.example_tokens import tokens_of_example
     from adamoe_dist.data.examples import read_examples
     from adamoe_dist.data.indexed import TokenDataset
     from adamoe_dist.data.micro_batch import MaskedSample, MicroBatch
@@ -28,7 +28,6 @@ __all__ = [
     "STANDARD_LIBRARY",
     "BatchStream",
     "BlendedSamples",
-    "ChatTokenizer",
     "Dataset",
     "Document",
     "ExampleRules",
@@ -62,7 +61,7 @@ _HOMES = {
     "corpus": ("Document", "corpus_bytes", "iterate_documents", "validate_inputs"),
     "example_samples": ("ExampleSamples",),
     "example_store": ("ExampleRules", "keep_examples", "load_examples"),
-    "example_tokens": ("ChatTokenizer", "tokens_of_example"),
+    "example_tokens": ("tokens_of_example",),
     "examples": ("read_examples",),
     "indexed": ("TokenDataset",),
     "micro_batch": ("MaskedSample", "MicroBatch"),

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from adamoe_dist.data.example_tokens import ChatTokenizer, ExampleTokens, tokens_of_example
+from adamoe_dist.data.example_tokens import ExampleTokens, tokens_of_example
 from adamoe_dist.data.examples import read_examples
 from adamoe_dist.data.storage import entropy
-from adamoe_dist.data.tokenizer import TextTokenizer
+from adamoe_dist.data.tokenizer import Tokenizer
 from adamoe_dist.errors import UserError
 
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ class ExampleStore:
         return digest.hexdigest()
 
 
-def load_examples(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cache: Path | None = None) -> ExampleStore:
+def load_examples(path: str, tokenizer: Tokenizer, rules: ExampleRules, cache: Path | None = None) -> ExampleStore:
     """Return the examples of a JSONL file: those kept in ``cache`` where they are there, else cut here and now.
 
     Raises:
@@ -93,7 +93,7 @@ def load_examples(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cach
     return _cut(path, tokenizer, rules)
 
 
-def keep_examples(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cache: Path) -> ExampleStore:
+def keep_examples(path: str, tokenizer: Tokenizer, rules: ExampleRules, cache: Path) -> ExampleStore:
     """Do what :func:`load_examples` does, and keep the result in ``cache`` for later; on one process only."""
     place = _place(path, tokenizer, rules, cache)
     assert place is not None
@@ -111,14 +111,13 @@ def keep_examples(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cach
     return store
 
 
-def _place(path: str, tokenizer: TextTokenizer, rules: ExampleRules, cache: Path | None) -> Path | None:
+def _place(path: str, tokenizer: Tokenizer, rules: ExampleRules, cache: Path | None) -> Path | None:
     """Return the directory of a file's tokens: its name says all that they follow from."""
     if cache is None or not Path(path).is_file():
         return None
     with Path(path).open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    has_template = isinstance(tokenizer, ChatTokenizer) and tokenizer.has_chat_template
-    parts = (FORMAT_VERSION, content, tokenizer.fingerprint, has_template, *asdict(rules).values())
+    parts = (FORMAT_VERSION, content, tokenizer.fingerprint, tokenizer.chat_template, *asdict(rules).values())
     return cache / hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
@@ -130,7 +129,7 @@ def _read(place: Path) -> ExampleStore:
     return ExampleStore(**arrays, counts=ExampleCounts(**description["counts"]), eod_id=description["eod_id"])
 
 
-def _cut(path: str, tokenizer: TextTokenizer, rules: ExampleRules) -> ExampleStore:
+def _cut(path: str, tokenizer: Tokenizer, rules: ExampleRules) -> ExampleStore:
     ids: list[NDArray[np.int32]] = []
     targets: list[NDArray[np.bool_]] = []
     target_bytes = truncated = skipped = 0

@@ -5,23 +5,11 @@ are, and ended by the end-of-document id. Of a conversation each message becomes
 ends with the end-of-document id, every other with a line break. ``assistant: `` counts as prompt.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from adamoe_dist.data.examples import PLAIN_ROLES, Completion, Conversation, Example
-from adamoe_dist.data.tokenizer import TextTokenizer
+from adamoe_dist.data.tokenizer import Tokenizer
 from adamoe_dist.errors import UserError
-
-
-@runtime_checkable
-class ChatTokenizer(Protocol):
-    """What a tokenizer with a chat template has besides what every :class:`TextTokenizer` has."""
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether it has one."""
-
-    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        """Return the ids of messages in the template; with the beginning of the assistant's next turn if asked."""
 
 
 class ExampleTokens(NamedTuple):
@@ -31,7 +19,7 @@ class ExampleTokens(NamedTuple):
     targets: list[bool]
 
 
-def tokens_of_example(example: Example, tokenizer: TextTokenizer, on_all: bool = False) -> ExampleTokens:
+def tokens_of_example(example: Example, tokenizer: Tokenizer, on_all: bool = False) -> ExampleTokens:
     """Cut an example into tokens; the last is the end-of-document id, or what the chat template ends with and it.
 
     Args:
@@ -44,19 +32,19 @@ def tokens_of_example(example: Example, tokenizer: TextTokenizer, on_all: bool =
     """
     if isinstance(example, Completion):
         tokens = _completion(example, tokenizer)
-    elif isinstance(tokenizer, ChatTokenizer) and tokenizer.has_chat_template:
-        tokens = _templated(example, tokenizer, tokenizer.eod_id)
+    elif tokenizer.chat_template is not None:
+        tokens = _templated(example, tokenizer)
     else:
         tokens = _plain(example, tokenizer)
     return ExampleTokens(tokens.ids, [True] * len(tokens.ids)) if on_all else tokens
 
 
-def _completion(example: Completion, tokenizer: TextTokenizer) -> ExampleTokens:
+def _completion(example: Completion, tokenizer: Tokenizer) -> ExampleTokens:
     prompt, completion = tokenizer.encode(example.prompt), [*tokenizer.encode(example.completion), tokenizer.eod_id]
     return ExampleTokens([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
 
 
-def _plain(example: Conversation, tokenizer: TextTokenizer) -> ExampleTokens:
+def _plain(example: Conversation, tokenizer: Tokenizer) -> ExampleTokens:
     ids: list[int] = []
     targets: list[bool] = []
     for number, message in enumerate(example.messages):
@@ -78,7 +66,7 @@ def _plain(example: Conversation, tokenizer: TextTokenizer) -> ExampleTokens:
     return ExampleTokens(ids, targets)
 
 
-def _templated(example: Conversation, tokenizer: ChatTokenizer, eod_id: int) -> ExampleTokens:
+def _templated(example: Conversation, tokenizer: Tokenizer) -> ExampleTokens:
     """Find the assistant's turns by rendering more and more messages: each rendering must begin with the one before."""
     ids: list[int] = []
     targets: list[bool] = []
@@ -98,18 +86,21 @@ def _templated(example: Conversation, tokenizer: ChatTokenizer, eod_id: int) -> 
             continue
         extend(_rendered(example, tokenizer, number, True), False, number)
         extend(_rendered(example, tokenizer, number + 1, False), True, number)
-    if ids[-1] != eod_id:
-        ids.append(eod_id)
+    if ids[-1] != tokenizer.eod_id:
+        ids.append(tokenizer.eod_id)
         targets.append(False)
     return ExampleTokens(ids, targets)
 
 
-def _rendered(example: Conversation, tokenizer: ChatTokenizer, count: int, begins_turn: bool) -> list[int]:
+def _rendered(example: Conversation, tokenizer: Tokenizer, count: int, begins_turn: bool) -> list[int]:
     try:
-        return tokenizer.chat_ids(example.messages[:count], begins_turn)
+        ids: list[int] = tokenizer.apply_chat_template(
+            example.messages[:count], tokenize=True, return_dict=False, add_generation_prompt=begins_turn
+        )
     except Exception as problem:  # a template raises what it likes
         words = " ".join(str(problem).split())
         raise UserError(
             f"{example.source}: the tokenizer's chat template does not take its messages ({words}); mend or remove the "
             "line"
         ) from problem
+    return ids

@@ -86,6 +86,11 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``."""
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template by which conversations become text, where there is one."""
+        return None
+
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> Any:
         """Return what the tokenizer's chat template makes of a conversation.
 

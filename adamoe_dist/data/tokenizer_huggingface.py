@@ -122,6 +122,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the text of ``ids``, special tokens by their names."""
         return str(self._hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template by which conversations become text, where there is one."""
+        template = self._hf.chat_template
+        return None if not template else str(template)
+
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> Any:
         """Return what the tokenizer's chat template makes of a conversation; see :class:`Tokenizer`."""
         if not self._hf.chat_template:

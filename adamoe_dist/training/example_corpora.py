@@ -42,6 +42,7 @@ def open_example_corpora(config: Config) -> Corpora:
         UserError: a file is missing or a line of it cannot be used, or there are too few examples for one batch.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
+    config.padded_vocab_size(tokenizer.vocab_size)  # refuses a tokenizer with more ids than the embedding has rows
     length, seed, settings = config.model.sequence_length, config.run.seed, config.finetune
 
     def opened(path: str, shuffle: bool) -> ExampleSamples:

@@ -25,6 +25,7 @@ class Letters:
     vocab_size = 200
     eod_id = EOD
     fingerprint = "letters"
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
@@ -36,13 +37,15 @@ class Letters:
 class Chat(Letters):
     """With a template: <role>content; and, where it is not stable, a count of the messages before them."""
 
-    has_chat_template = True
+    chat_template = "of its own"
     fingerprint = "chat"
 
     def __init__(self, is_stable: bool = True) -> None:
         self.is_stable = is_stable
 
-    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, **_: object
+    ) -> list[int]:
         if messages[0]["role"] == "tool":
             raise ValueError("no tools\nhere")
         text = "" if self.is_stable else str(len(messages))
@@ -133,7 +136,7 @@ def test_conversations_go_through_the_tokenizers_template() -> None:
     tokens = tokens_of_example(Conversation(CHAT, "f:1"), Chat())
     assert tokens.ids == [*map(ord, "<system>be;<user>a?;<assistant>A;<user>b?;<assistant>B;"), EOD]
     assert learnt(tokens, Chat()) == "A;B;"
-    with pytest.raises(UserError, match=r"f:1 messages\[4\]: .*renders the messages before it otherwise"):
+    with pytest.raises(UserError, match=r"f:1 messages\[2\]: .*renders the messages before it otherwise"):
         tokens_of_example(Conversation(CHAT, "f:1"), Chat(is_stable=False))
     with pytest.raises(UserError, match=r"f:2: .* does not take its messages \(no tools here\)"):
         tokens_of_example(Conversation([{"role": "tool", "content": "x"}, CHAT[2]], "f:2"), Chat())

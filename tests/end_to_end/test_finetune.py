@@ -1,0 +1,124 @@
+"""Whole runs of launch/finetune.py: from a checkpoint, on examples, broken off and continued."""
+
+import json
+import pydoc_data.topics
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.end_to_end.conftest import REPOSITORY, deepspeed, metrics_of, one_process, run_command, torchrun
+
+pytestmark = pytest.mark.end_to_end
+
+COMMON = [
+    "checkpoint.load_weights=runs/model",
+    "data.train=[{path: train.jsonl, weight: 1}]",
+    "data.validation=[{path: held_out.jsonl}]",
+    "model.sequence_length=48",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "monitor.log_interval=1",
+    "monitor.sample_tokens=0",
+    "monitor.tensorboard=false",
+    "finetune.too_long=truncate",
+]
+EXAMPLES = 36
+STEPS = 9
+
+
+def fine_tuning(command: list[str]) -> list[str]:
+    return [part.replace("pretrain.py", "finetune.py") for part in command]
+
+
+def run(command: list[str], workspace: Path) -> str:
+    done = run_command(command, workspace)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def refused(workspace: Path, *arguments: str) -> str:
+    done = run_command(fine_tuning(one_process(*COMMON, *arguments)), workspace)
+    assert done.returncode == 2 and len(done.errors) == 1, done.stderr
+    return done.errors[0]
+
+
+@pytest.fixture(scope="module")
+def started(workspace: Path) -> Path:
+    """The workspace with examples, and a model that was trained for two steps."""
+    topics = sorted(pydoc_data.topics.topics.items())
+    lines = [{"prompt": f"About {name}: ", "completion": text[: 20 + len(name)]} for name, text in topics]
+    for name, part in (("train.jsonl", lines[:EXAMPLES]), ("held_out.jsonl", lines[EXAMPLES : EXAMPLES + 7])):
+        (workspace / name).write_text("".join(json.dumps(line) + "\n" for line in part))
+    shape = ["model.hidden_size=48", "moe.num_null_experts=4", "train.steps=2", "monitor.sample_tokens=0"]
+    run(one_process("--config", "small.yaml", "run.dir=runs/model", *shape), workspace)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def unbroken(started: Path) -> Path:
+    run(fine_tuning(deepspeed(2, *COMMON, "run.dir=runs/unbroken_ft")), started)
+    return started / "runs" / "unbroken_ft"
+
+
+def test_the_model_is_the_checkpoints_and_the_length_follows_from_epochs(unbroken: Path) -> None:
+    config = yaml.safe_load((unbroken / "config.yaml").read_text())
+    assert config["model"]["hidden_size"] == 48 and config["moe"]["num_null_experts"] == 4
+    assert config["data"]["tokenizer"] == "tokenizer"
+    assert config["train"]["steps"] == STEPS and config["moe"]["router"]["balance"]["anneal_steps"] == 5
+    log = (unbroken / "log.txt").read_text()
+    assert "model.*, moe.* and data.tokenizer are those of runs/model/checkpoints/iter_0000002" in log
+    assert "but for: model.sequence_length, moe.router.balance.coefficient" in log
+    assert f"train.jsonl: {EXAMPLES} examples" in log
+
+
+def test_metrics_count_what_is_learnt_and_read(unbroken: Path) -> None:
+    records = metrics_of(unbroken)
+    assert [record["step"] for record in records] == list(range(STEPS + 1))
+    read = [b["tokens_seen"] - a["tokens_seen"] for a, b in pairwise(records)]
+    for tokens, record in zip(read, records[1:], strict=True):
+        assert 0 < record["loss_tokens"] < tokens < 8 * 48
+    # Two layers count every real token once: of three slots each, null or true.
+    balance = [record["balance_loss"] for record in records[1:]]
+    assert all(value > 0.03 for value in balance[:5]) and all(value < 0.001 for value in balance[5:])
+    assert records[-1]["validation_loss"] < records[0]["validation_loss"]
+
+
+def test_a_broken_run_continues_bit_for_bit_with_the_same_command(started: Path, unbroken: Path) -> None:
+    small = [*COMMON, "run.dir=runs/broken_ft", "checkpoint.resume=auto"]
+    stop = ["finetune.epochs=null", "train.steps=4", f"schedule.total_steps={STEPS}"]
+    run(fine_tuning(torchrun(2, *small, *stop)), started)
+    run_dir = started / "runs" / "broken_ft"
+    before = [{k: v for k, v in record.items() if not k.startswith("validation")} for record in metrics_of(unbroken)]
+    there = [{k: v for k, v in record.items() if not k.startswith("validation")} for record in metrics_of(run_dir)]
+    assert there == before[:5]
+    run(fine_tuning(deepspeed(2, *small)), started)
+    assert metrics_of(run_dir)[5:] == metrics_of(unbroken)[5:]
+
+
+def test_dry_run_and_print_config_know_the_length(started: Path) -> None:
+    assert f"in {STEPS} steps" in run(fine_tuning(one_process(*COMMON, "--dry-run")), started)
+    text = run(fine_tuning(one_process(*COMMON, "--print-config")), started)
+    (started / "printed.yaml").write_text(text)
+    assert yaml.safe_load(text)["train"]["steps"] == STEPS
+    again = fine_tuning(one_process("--config", "printed.yaml", "--print-config"))
+    assert run(again, started) == text
+
+
+def test_refusals(started: Path) -> None:
+    assert "checkpoint.load_weights is not set" in refused(started, "checkpoint.load_weights=null")
+    message = refused(started, "train.steps=7")
+    assert "train.steps=7 and finetune.epochs=2 contradict each other" in message and f"{STEPS} steps" in message
+    assert "moe.top_k is 3 there, 2 here" in refused(started, "moe.top_k=2")
+    assert "train.jsonl:1" in refused(started, "model.sequence_length=8", "finetune.too_long=refuse")
+    assert "data.prepare.input=['x'] is for pre-training" in refused(started, "data.prepare.input=[x]")
+    done = run_command(one_process("--config", "small.yaml", "finetune.packing=true"), started)
+    assert done.returncode == 2
+    assert "finetune.packing is set, and launch/pretrain.py does not read it" in done.errors[0]
+
+
+def test_shipped_configuration_is_the_default(started: Path) -> None:
+    assert (REPOSITORY / "configs" / "finetune.yaml").is_file()
+    packed = run(fine_tuning(one_process(*COMMON, "finetune.packing=true", "--dry-run")), started)
+    assert f"in {STEPS} steps" not in packed
