@@ -86,7 +86,8 @@ class AdaMoETokenizer(PreTrainedTokenizer):
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **_: Any) -> str:
         """Return the text of ids; special tokens by their names unless they are to be skipped."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        text, plain = "", []
+        text = ""
+        plain: list[int] = []
         for index in ids:
             if index in self._added_tokens_decoder and index != self.processor.unk_id():
                 text += self.processor.decode(plain)
