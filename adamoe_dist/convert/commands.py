@@ -43,7 +43,7 @@ def run_import(options: argparse.Namespace) -> None:
     plan = plan_import(Path(options.source), options.vocab_size_multiple)
     target = Path(options.to)
     check_output(target, plan.bytes)
-    for note in plan.source.architecture.notes:
+    for note in plan.notes:
         say(f"note: {note}")
     with progress(plan.bytes, "B", f"import {plan.source.path.name}") as bar:
         path = import_model(plan, target, on_bytes=bar.update)

@@ -34,7 +34,6 @@ from .layers_adamoe import (
 )
 from .routing_adamoe import balance_loss, z_loss
 
-
 IGNORED = -100
 
 
