@@ -53,7 +53,7 @@ def run_import(options: argparse.Namespace) -> None:
     plan = with_null_experts(original, null_choice(options, options.top_k))
     texts, target = check_texts(options, plan), Path(options.to)
     check_output(target, plan.bytes)
-    for note in plan.source.architecture.notes:
+    for note in plan.notes:
         say(f"note: {note}")
     with progress(plan.bytes, "B", f"import {plan.source.path.name}") as bar:
         path = import_model(plan, target, on_bytes=bar.update)
