@@ -6,7 +6,14 @@ from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
-from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.manifest import (
+    copy_file,
+    describe_file,
+    read_config,
+    read_manifest,
+    read_state,
+    verify_files,
+)
 from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
 from adamoe_dist.checkpoint.regions import RegionReader
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
@@ -26,7 +33,9 @@ __all__ = [
     "changed_keys",
     "check_compatible",
     "checkpoint_at",
+    "copy_file",
     "describe_checkpoint",
+    "describe_file",
     "find_checkpoint",
     "has_checkpoints",
     "load_checkpoint",

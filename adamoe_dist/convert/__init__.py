@@ -1,8 +1,11 @@
 """From and to Hugging Face: families as tables of names, tensors one by one, nothing dropped silently."""
 
+from adamoe_dist.convert.exporting import ExportPlan, choose_family, export_model, plan_export, read_weight
 from adamoe_dist.convert.families import FAMILIES, VANILLA, family_of
 from adamoe_dist.convert.family import Architecture, Family, meaning
 from adamoe_dist.convert.hf_config import HFConfig
+from adamoe_dist.convert.hf_directory import HFDirectory, is_hf_directory
+from adamoe_dist.convert.importing import ImportPlan, import_model, plan_import, write_checkpoint, write_weights
 from adamoe_dist.convert.mapping import (
     Names,
     Place,
@@ -15,23 +18,43 @@ from adamoe_dist.convert.mapping import (
     standard_weights,
     whole_weight,
 )
+from adamoe_dist.convert.megatron_model import megatron_model
+from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
+from adamoe_dist.convert.verifying import Comparing
 
 __all__ = [
     "FAMILIES",
     "VANILLA",
     "Architecture",
+    "Comparing",
+    "ExportPlan",
     "Family",
     "HFConfig",
+    "HFDirectory",
+    "ImportPlan",
     "Names",
+    "Origin",
     "Place",
     "Weight",
     "attention_weights",
+    "choose_family",
     "expert_matrix",
+    "export_model",
     "family_of",
     "feed_forward_weights",
+    "import_model",
+    "is_hf_directory",
     "layer_prefix",
     "meaning",
+    "megatron_model",
+    "origin_of",
+    "origin_of_run",
+    "plan_export",
+    "plan_import",
+    "read_weight",
     "stacked",
     "standard_weights",
     "whole_weight",
+    "write_checkpoint",
+    "write_weights",
 ]

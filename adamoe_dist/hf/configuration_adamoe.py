@@ -110,6 +110,26 @@ class AdaMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dense_width(self) -> int:
+        """Inner width of a dense feed-forward layer."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def rotary_base(self) -> float:
+        """Base of the rotary angles."""
+        return float((self.rope_parameters or {}).get("rope_theta", self.default_theta))
+
     def has_experts(self, layer: int) -> bool:
         """Tell whether layer ``layer`` (from 0) is a mixture-of-experts layer."""
         return (layer + 1) % self.layer_frequency == 0 and layer not in (self.dense_layers or [])

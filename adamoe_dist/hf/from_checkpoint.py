@@ -13,6 +13,7 @@ from adamoe_dist.errors import UserError
 from adamoe_dist.hf.configuration_adamoe import AdaMoEConfig
 from adamoe_dist.hf.modeling_adamoe import AdaMoEForCausalLM
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap = str | dict[str, Any]
 Devices = dict[str, torch.device]
 PREFIX = "model."
@@ -29,7 +30,8 @@ def model_from_checkpoint(
     Args:
         path: a checkpoint, a directory of checkpoints or a run directory, whose last complete one is meant.
         dtype: of the weights; a selection bias stays fp32.
-        device_map: None: CPU; "auto" or a map of modules to devices as in transformers, without "disk".
+        device_map: None: CPU; a device; or as in transformers "auto", "balanced", "balanced_low_0", "sequential", or a
+            map of modules to devices without "disk".
 
     Raises:
         UserError: there is no complete checkpoint, or it cannot be read.
@@ -81,16 +83,28 @@ def _places(model: AdaMoEForCausalLM, device_map: DeviceMap | None) -> Devices:
     if device_map is None:
         return {"": torch.device("cpu")}
     if isinstance(device_map, str):
-        if device_map != "auto":
+        if device_map not in DEVICE_MAPS:
             return {"": torch.device(device_map)}
-        from accelerate import infer_auto_device_map
-
-        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules))
+        device_map = _spread(model, device_map)
     if "disk" in device_map.values():
         raise UserError(
-            "device_map sends weights to disk, which needs files; export the checkpoint and load that with from_pretrained"
+            "device_map sends weights to disk, which needs files; export the checkpoint and load the export with "
+            "from_pretrained"
         )
     return {name: torch.device(device) for name, device in device_map.items()}
+
+
+def _spread(model: AdaMoEForCausalLM, how: str) -> dict[str, Any]:
+    """Return accelerate's map over the devices there are, as from_pretrained does."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(model._no_split_modules or ())
+    memory = None
+    if how != "sequential":
+        memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=how == "balanced_low_0")
+    spread: dict[str, Any] = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    return spread
 
 
 def _device_of(name: str, places: Devices) -> torch.device:
