@@ -121,9 +121,7 @@ def _show(title: str, report: dict[str, Any]) -> None:
             f"{text['bits_per_byte']:.4f} bits a byte"
         )
         if text["unknown_tokens"]:
-            say(
-                f"  {text['unknown_tokens']} unknown tokens: what they stood for is not scored, so this is a lower bound"
-            )
+            say(f"  {text['unknown_tokens']} unknown tokens: what they stand for is not scored, so this is too low")
         _show_experts(text["expert_use"])
 
 
@@ -147,8 +145,8 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
             one = task["accuracy"][name]
             low, high = one["interval_95"]
             say(
-                f"  accuracy ({name}) {one['difference']:+.4f}, 95 % {low:+.4f} to {high:+.4f} (paired bootstrap); only "
-                f"here right {one['only_here_right']}, only there {one['only_baseline_right']}, McNemar p "
+                f"  accuracy ({name}) {one['difference']:+.4f}, 95 % {low:+.4f} to {high:+.4f} (paired bootstrap); "
+                f"only here right {one['only_here_right']}, only there {one['only_baseline_right']}, McNemar p "
                 f"{one['mcnemar_p']:.4g}"
             )
     for file, text in comparison["text"].items():

@@ -148,7 +148,7 @@ def _room(opened: OpenedModel, prompt_tokens: int, sampling: Sampling) -> int:
     left = opened.context - prompt_tokens
     if left < 1:
         raise UserError(
-            f"the prompt has {prompt_tokens} tokens; the model reads {opened.context} with what it writes, so shorten it"
+            f"the prompt has {prompt_tokens} tokens; with what it writes the model reads {opened.context}; shorten it"
         )
     if sampling.max_new_tokens is None:
         return min(DEFAULT_NEW_TOKENS, left)

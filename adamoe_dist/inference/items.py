@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from adamoe_dist.errors import UserError
 
@@ -72,9 +72,8 @@ def write_items(items: list[Item], file: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opened: BinaryIO | gzip.GzipFile = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
     try:
-        with opened as stream:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 text = line.decode("utf-8")
                 if text.strip():

@@ -117,7 +117,7 @@ def test_length_is_that_of_the_model(opened_models) -> None:
     assert run(opened, temperature=0)[0].tokens <= CONTEXT - len(encode_prompt(opened, PROMPT))
     with pytest.raises(UserError, match="--max-new-tokens 64: after a prompt of"):
         run(opened, max_new_tokens=64)
-    with pytest.raises(UserError, match="so shorten it"):
+    with pytest.raises(UserError, match="; shorten it"):
         run(opened, prompt="house " * 99)
 
 

@@ -26,7 +26,10 @@ TEXT = [
     "Question: What colour is the sky? Answer: blue. What is two and two? It is four.",
     "Ein Käfer läuft über die Straße; naïve café, 日本語 and emoji 🙂 stay whole.",
 ]
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def save_tokenizer(path: Path, with_bos: bool = True, with_chat: bool = False) -> Any:
