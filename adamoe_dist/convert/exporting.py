@@ -92,7 +92,8 @@ def plan_export(
     _check_tensors(checkpoint, weights, chosen)
     known = origin.tensors if origin is not None and is_same else {}
     types = {
-        weight.name: NAMES[dtype] if dtype else known.get(weight.name, (torch.float32, ""))[0] for weight in weights
+        weight.name: NAMES[dtype] if dtype and not weight.stays_fp32 else known.get(weight.name, (torch.float32, ""))[0]
+        for weight in weights
     }
     content = _config_json(config, chosen, rows, origin if is_same else None, types, dtype)
     is_as_before = known.keys() == types.keys() and max_shard_bytes is None
