@@ -223,7 +223,11 @@ def _new_shards(
 
 
 def export_model(
-    plan: ExportPlan, target: Path, write_tokenizer: WriteTokenizer | None = None, on_bytes: OnBytes | None = None
+    plan: ExportPlan,
+    target: Path,
+    write_tokenizer: WriteTokenizer | None = None,
+    on_bytes: OnBytes | None = None,
+    finish: Callable[[ExportPlan, Path], None] | None = None,
 ) -> list[str]:
     """Write a Hugging Face directory; it appears as a whole or not at all.
 
@@ -232,6 +236,7 @@ def export_model(
         target: a directory that is new or empty.
         write_tokenizer: writes the run's tokenizer where the model is not an imported one; None: its files as they are.
         on_bytes: told of every part that was written.
+        finish: writes further files into the directory that holds everything else.
 
     Returns:
         Lines on what is not in it.
@@ -249,6 +254,8 @@ def export_model(
         (unfinished / CONFIG_FILE).write_bytes(plan.config_json)
         for name, file in plan.family.extra_files(plan.config).items():
             copy_file(file, unfinished / name)
+        if finish is not None:
+            finish(plan, unfinished)
     return notes
 
 

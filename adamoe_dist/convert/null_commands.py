@@ -22,9 +22,7 @@ def add_null_options(parser: argparse.ArgumentParser, top_k: str) -> None:
         parser: of the command.
         top_k: what ``--top-k`` says of itself.
     """
-    parser.add_argument(
-        "--num-null-experts", type=int, default=0, metavar="M", help="null experts a layer (default: 0, none)"
-    )
+    parser.add_argument("--num-null-experts", type=int, default=0, metavar="M", help="null experts a layer")
     parser.add_argument("--top-k", type=int, metavar="K", help=top_k)
     parser.add_argument(
         "--null-init",
@@ -127,7 +125,7 @@ def add_upcycle(commands: Any) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="add noise to every expert's matrices, of S times their standard deviation (default: 0)",
+        help="add noise to every expert's matrices, of S times their standard deviation",
     )
     add_null_options(parser, "slots a token (default: 2)")
 
