@@ -33,6 +33,7 @@ from adamoe_dist.convert.commands import (  # noqa: E402
     run_verify,
     show_hf_directory,
 )
+from adamoe_dist.convert.null_commands import add_upcycle, run_upcycle  # noqa: E402
 
 SHOWN_TENSORS = 12
 
@@ -44,6 +45,7 @@ def _parser() -> ToolParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_import(commands)
+    add_upcycle(commands)
     add_export(commands)
     add_verify(commands)
     _add_inspect(commands)
@@ -167,6 +169,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     runs = {
         "import": run_import,
+        "upcycle": run_upcycle,
         "export": run_export,
         "verify": run_verify,
         "inspect": _inspect,

@@ -14,7 +14,13 @@ from adamoe_dist.checkpoint.manifest import (
     read_state,
     verify_files,
 )
-from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
+from adamoe_dist.checkpoint.null_experts import (
+    bytes_to_copy,
+    changed_keys,
+    drawn_null_rows,
+    plan_null_experts,
+    set_null_experts,
+)
 from adamoe_dist.checkpoint.regions import RegionReader
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
 from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes

@@ -6,6 +6,7 @@ from adamoe_dist.convert.family import Architecture, Family, meaning
 from adamoe_dist.convert.hf_config import HFConfig
 from adamoe_dist.convert.hf_directory import HFDirectory, is_hf_directory
 from adamoe_dist.convert.importing import ImportPlan, import_model, plan_import, write_checkpoint, write_weights
+from adamoe_dist.convert.load_report import LayerLoad, measure_load
 from adamoe_dist.convert.mapping import (
     Names,
     Place,
@@ -19,7 +20,9 @@ from adamoe_dist.convert.mapping import (
     whole_weight,
 )
 from adamoe_dist.convert.megatron_model import megatron_model
+from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
 from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
+from adamoe_dist.convert.upcycling import UpcyclePlan, Upcycling, plan_upcycling, upcycle
 from adamoe_dist.convert.verifying import Comparing
 
 __all__ = [
@@ -32,9 +35,13 @@ __all__ = [
     "HFConfig",
     "HFDirectory",
     "ImportPlan",
+    "LayerLoad",
     "Names",
+    "NullChoice",
     "Origin",
     "Place",
+    "UpcyclePlan",
+    "Upcycling",
     "Weight",
     "attention_weights",
     "choose_family",
@@ -46,15 +53,19 @@ __all__ = [
     "is_hf_directory",
     "layer_prefix",
     "meaning",
+    "measure_load",
     "megatron_model",
     "origin_of",
     "origin_of_run",
     "plan_export",
     "plan_import",
+    "plan_upcycling",
     "read_weight",
     "stacked",
     "standard_weights",
+    "upcycle",
     "whole_weight",
+    "with_null_experts",
     "write_checkpoint",
     "write_weights",
 ]

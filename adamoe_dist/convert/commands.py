@@ -13,6 +13,14 @@ from adamoe_dist.convert.exporting import export_model, plan_export
 from adamoe_dist.convert.families import FAMILIES
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.importing import RUN_CONFIG, import_model, plan_import
+from adamoe_dist.convert.null_choices import with_null_experts
+from adamoe_dist.convert.null_commands import (
+    add_null_options,
+    check_texts,
+    describe_null_experts,
+    null_choice,
+    report_load,
+)
 from adamoe_dist.convert.outputs import check_output
 from adamoe_dist.convert.tokenizer_files import count_ids
 from adamoe_dist.convert.verifying import Comparing
@@ -34,14 +42,16 @@ def add_import(commands: Any) -> None:
     parser.add_argument(
         "--vocab-size-multiple", type=int, metavar="N", help="pad the vocabulary to a multiple of it (default: 128)"
     )
+    add_null_options(parser, "slots a token; needed with null experts, unless the output is preserved")
 
 
 def run_import(options: argparse.Namespace) -> None:
     """Do ``import``."""
     if options.vocab_size_multiple is not None and options.vocab_size_multiple < 1:
         raise UserError(f"--vocab-size-multiple {options.vocab_size_multiple} must be at least 1")
-    plan = plan_import(Path(options.source), options.vocab_size_multiple)
-    target = Path(options.to)
+    original = plan_import(Path(options.source), options.vocab_size_multiple)
+    plan = with_null_experts(original, null_choice(options, options.top_k))
+    texts, target = check_texts(options, plan), Path(options.to)
     check_output(target, plan.bytes)
     for note in plan.notes:
         say(f"note: {note}")
@@ -49,6 +59,8 @@ def run_import(options: argparse.Namespace) -> None:
         path = import_model(plan, target, on_bytes=bar.update)
     parameters = sum(weight.elements for weight in plan.weights if not weight.is_copy)
     say(f"{path}: {plan.source.family.model_type}, {parameters} parameters, {len(plan.weights)} tensors")
+    say(describe_null_experts(plan))
+    report_load(path, plan, texts)
     say(f"start a run from it with: --config {target / RUN_CONFIG} data.train=[{{path: PREFIX}}]")
 
 
@@ -84,16 +96,25 @@ def add_export(commands: Any) -> None:
     parser.add_argument(
         "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where no tokenizer says it"
     )
+    parser.add_argument("--license", metavar="ID", help="licence that the model card names, as apache-2.0")
 
 
 def run_export(options: argparse.Namespace) -> None:
     """Do ``export``."""
+    from adamoe_dist.hf import finish_export, write_tokenizer
+
     most = None if options.max_shard_size is None else size_in_bytes(options.max_shard_size)
     plan = plan_export(options.source, options.dtype, most, options.family, options.vocab_size)
     target = Path(options.to)
     check_output(target, plan.bytes)
     with progress(plan.bytes, "B", f"export {plan.checkpoint.name}") as bar:
-        notes = export_model(plan, target, on_bytes=bar.update)
+        notes = export_model(
+            plan,
+            target,
+            write_tokenizer,
+            bar.update,
+            lambda plan, directory: finish_export(plan, directory, target.name, options.license),
+        )
     for note in notes:
         say(f"note: {note}")
     family, files = plan.family, len(plan.shards)

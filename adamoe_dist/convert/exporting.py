@@ -92,7 +92,8 @@ def plan_export(
     _check_tensors(checkpoint, weights, chosen)
     known = origin.tensors if origin is not None and is_same else {}
     types = {
-        weight.name: NAMES[dtype] if dtype else known.get(weight.name, (torch.float32, ""))[0] for weight in weights
+        weight.name: NAMES[dtype] if dtype and not weight.stays_fp32 else known.get(weight.name, (torch.float32, ""))[0]
+        for weight in weights
     }
     content = _config_json(config, chosen, rows, origin if is_same else None, types, dtype)
     is_as_before = known.keys() == types.keys() and max_shard_bytes is None
@@ -222,7 +223,11 @@ def _new_shards(
 
 
 def export_model(
-    plan: ExportPlan, target: Path, write_tokenizer: WriteTokenizer | None = None, on_bytes: OnBytes | None = None
+    plan: ExportPlan,
+    target: Path,
+    write_tokenizer: WriteTokenizer | None = None,
+    on_bytes: OnBytes | None = None,
+    finish: Callable[[ExportPlan, Path], None] | None = None,
 ) -> list[str]:
     """Write a Hugging Face directory; it appears as a whole or not at all.
 
@@ -231,6 +236,7 @@ def export_model(
         target: a directory that is new or empty.
         write_tokenizer: writes the run's tokenizer where the model is not an imported one; None: its files as they are.
         on_bytes: told of every part that was written.
+        finish: writes further files into the directory that holds everything else.
 
     Returns:
         Lines on what is not in it.
@@ -248,6 +254,8 @@ def export_model(
         (unfinished / CONFIG_FILE).write_bytes(plan.config_json)
         for name, file in plan.family.extra_files(plan.config).items():
             copy_file(file, unfinished / name)
+        if finish is not None:
+            finish(plan, unfinished)
     return notes
 
 

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from adamoe_dist.hf.configuration_adamoe import AdaMoEConfig
+from adamoe_dist.hf.finishing import finish_export
 from adamoe_dist.hf.from_checkpoint import model_from_checkpoint
 from adamoe_dist.hf.modeling_adamoe import AdaMoEForCausalLM, AdaMoEModel
 from adamoe_dist.hf.tokenization_adamoe import AdaMoETokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "AdaMoEModel",
     "AdaMoETokenizer",
     "find_tokenizer",
+    "finish_export",
     "model_from_checkpoint",
     "tokenizer_from_checkpoint",
     "transformers_tokenizer",

@@ -51,6 +51,7 @@ class AdaMoEConfig(PreTrainedConfig):
         output_router_logits: whether logits of the routers are returned, and their losses added where labels are given.
         use_cache: whether keys and values are returned for the next call.
         tokenizer_vocab_size: ids that the tokenizer has; further rows of the embedding only fill it up.
+        vocab_size_multiple: what training filled it up to a multiple of.
     """
 
     model_type = "adamoe"
@@ -94,6 +95,7 @@ class AdaMoEConfig(PreTrainedConfig):
     output_router_logits: bool = False
     use_cache: bool = True
     tokenizer_vocab_size: int | None = None
+    vocab_size_multiple: int = 1
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -69,8 +69,14 @@ def transformers_tokenizer(place: Path) -> Any:
     return AdaMoETokenizer(str(place / MODEL_FILE if place.is_dir() else place))
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the files from which transformers loads a tokenizer; a SentencePiece one brings its class along."""
+def write_tokenizer(place: Path | Tokenizer, directory: Path) -> None:
+    """Write the files from which transformers loads a tokenizer; a SentencePiece one brings its class along.
+
+    Args:
+        place: where the tokenizer lies, or itself.
+        directory: to write to.
+    """
+    tokenizer = place if isinstance(place, Tokenizer) else Tokenizer.load(place)
     tokenizer.save(directory)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return
