@@ -145,7 +145,7 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
             one = task["accuracy"][name]
             low, high = one["interval_95"]
             say(
-                f"  accuracy ({name}) {one['difference']:+.4f}, 95 % {low:+.4f} to {high:+.4f} (paired bootstrap); "
+                f"  accuracy ({name}) {one['difference']:+.4f}, 95 % {low:+.4f} to {high:+.4f} (Newcombe, paired); "
                 f"only here right {one['only_here_right']}, only there {one['only_baseline_right']}, McNemar p "
                 f"{one['mcnemar_p']:.4g}"
             )
@@ -153,7 +153,7 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
         one = text["bits_per_byte"]
         interval = "one document: no interval"
         if one["interval_95"] is not None:
-            interval = "95 % {:+.4f} to {:+.4f} (paired bootstrap over documents)".format(*one["interval_95"])
+            interval = "95 % {:+.4f} to {:+.4f} (bootstrap over documents)".format(*one["interval_95"])
         say(f"{file}: checkpoint minus baseline: {one['difference']:+.4f} bits a byte, {interval}")
 
 

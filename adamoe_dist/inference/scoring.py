@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamoe_dist.errors import UserError
 from adamoe_dist.inference.expert_use import ExpertUse
-from adamoe_dist.inference.opening import OpenedModel
+from adamoe_dist.inference.opening import OpenedModel, not_finite
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def score_sequences(
 
     Returns:
         The scores, in the order of ``sequences``.
+
+    Raises:
+        UserError: a log-likelihood is NaN or infinite.
     """
     order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), sequences[index].ids))
     scores: dict[int, TokenScores] = {}
@@ -94,13 +98,15 @@ def _score_batch(opened: OpenedModel, batch: list[TokenSequence], use: ExpertUse
         use_cache=False,
         logits_to_keep=torch.arange(first, length, device=opened.device),
     ).logits
-    return [_scores_of(logits_BPV[row], sequence, first) for row, sequence in enumerate(batch)]
+    return [_scores_of(opened, logits_BPV[row], sequence, first) for row, sequence in enumerate(batch)]
 
 
-def _scores_of(logits_PV: Tensor, sequence: TokenSequence, first: int) -> TokenScores:
+def _scores_of(opened: OpenedModel, logits_PV: Tensor, sequence: TokenSequence, first: int) -> TokenScores:
     needed_PV = logits_PV[sequence.first_scored - 1 - first : len(sequence.ids) - 1 - first].float()
     targets_P = torch.tensor(sequence.ids[sequence.first_scored :], device=needed_PV.device)
     chosen_P = needed_PV.gather(1, targets_P[:, None])[:, 0]
     log_likelihoods_P = chosen_P - needed_PV.logsumexp(dim=1)
+    if not log_likelihoods_P.isfinite().all():
+        raise UserError(not_finite(opened))
     greedy = bool((needed_PV.argmax(dim=1) == targets_P).all())
     return TokenScores(log_likelihoods_P.double().cpu(), greedy)

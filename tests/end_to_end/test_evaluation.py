@@ -115,7 +115,8 @@ def test_samples_of_several_prompts(run) -> None:
 def test_a_conversation_goes_on(run, place) -> None:
     line = line_of("--interactive", "--chat")
     assert run(line).strip()
-    first, second = (json.loads(answer) for answer in run(line.replace(" --chat", " --chat --json")).splitlines())
+    line = line.replace(" --chat", " --chat --json --max-new-tokens 6")
+    first, second = (json.loads(answer) for answer in run(line).splitlines())
     tokenizer = AutoTokenizer.from_pretrained(place / "exports" / "adaptive")
     conversation = [
         {"role": "user", "content": "What is blue?"},
