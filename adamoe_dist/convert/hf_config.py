@@ -5,14 +5,14 @@ from typing import Any
 from adamoe_dist.errors import UserError
 
 _GENERIC_KEYS = """
-_attn_implementation_autoset _name_or_path architectures attn_implementation auto_map bad_words_ids
+_attn_implementation_autoset _model_name_or_path _name_or_path architectures attn_implementation auto_map bad_words_ids
 begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
 early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
 forced_bos_token_id forced_eos_token_id id2label label2id length_penalty max_length min_length model_type
 no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
 output_router_logits output_scores pad_token_id prefix problem_type remove_invalid_values repetition_penalty
 return_dict return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens task_specific_params
-temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p _name_or_path _model_name_or_path
+temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
 unk_token_id use_bfloat16 use_cache
 """
 GENERIC = frozenset(_GENERIC_KEYS.split())
