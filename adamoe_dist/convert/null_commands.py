@@ -138,6 +138,8 @@ def run_upcycle(options: argparse.Namespace) -> None:
     plan = upcycling.checkpoint
     texts, target = check_texts(options, plan), Path(options.to)
     check_output(target, plan.bytes)
+    for note in plan.notes:
+        say(f"note: {note}")
     with progress(plan.bytes, "B", f"upcycle {plan.source.path.name}") as bar:
         path = upcycle(upcycling, target, on_bytes=bar.update)
     experts = "whole copies" if upcycling.pieces == 1 else f"pieces of {upcycling.pieces}"
