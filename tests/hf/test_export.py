@@ -22,12 +22,12 @@ ALL = {
         "router": {
             "gating_residual": True,
             "target_load": 1.4,
-            "capacity_factor": 3.0,
+            "capacity_factor": 100.0,
             "balance": {"type": "null_averaged", "coefficient": 0.1, "final_coefficient": 0.01},
         },
     },
 }
-CHANGES = {"all": ALL, "tied": VARIANTS["tied-no_null"], "shared_row": VARIANTS["all_selected-shared_row"]}
+CHANGES = {"all": ALL, "tied": {"model": {"tie_embeddings": True}}, "shared_row": VARIANTS["all_selected-shared_row"]}
 ELSEWHERE = """
 import sys, json, torch
 class Absent:
@@ -53,12 +53,8 @@ print(json.dumps({"ids": ids.tolist(), "logits": logits.double().tolist(), "made
 def made(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     checkpoint, megatron, config = checkpoint_of(root, CHANGES[request.param])
-    plan = export(checkpoint, root / "hf")
-    return root, checkpoint, megatron.eval(), config, plan
-
-
-def family_of(made) -> str:
-    return made[4].family.model_type
+    assert export(checkpoint, root / "hf").family.model_type == "adamoe"
+    return root, checkpoint, megatron.eval(), config
 
 
 def test_out_and_back_gives_every_tensor_to_the_bit(made):
@@ -66,9 +62,7 @@ def test_out_and_back_gives_every_tensor_to_the_bit(made):
     from adamoe_dist.config import config_from_dict
     from adamoe_dist.convert import import_model, meaning, plan_import
 
-    root, checkpoint, _, config, _ = made
-    if family_of(made) != "adamoe":
-        pytest.skip("this model has a class of transformers; its tensors are compared there")
+    root, checkpoint, _, config = made
     back = import_model(plan_import(root / "hf"), root / "back")
     before, after = tensors_of(checkpoint), tensors_of(back)
     assert before.keys() == after.keys()
@@ -85,9 +79,7 @@ def test_out_and_back_gives_every_tensor_to_the_bit(made):
 
 
 def test_the_class_gives_the_logits_of_training_where_this_project_is_not_installed(made, tmp_path):
-    root, _, megatron, _, _ = made
-    if family_of(made) != "adamoe":
-        pytest.skip("this model has a class of transformers")
+    root, _, megatron, _ = made
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", ELSEWHERE, str(root / "hf"), str(tmp_path / "saved")]
@@ -105,7 +97,7 @@ def test_the_class_gives_the_logits_of_training_where_this_project_is_not_instal
 def test_a_checkpoint_goes_straight_into_the_class(made):
     from adamoe_dist.hf import model_from_checkpoint, tokenizer_from_checkpoint
 
-    _, checkpoint, megatron, config, _ = made
+    _, checkpoint, megatron, config = made
     tokenizer = tokenizer_from_checkpoint(checkpoint)
     tokens = tokenizer("for alpha in beta:\n    return gamma", return_tensors="pt")["input_ids"]
     expected = megatron.logits(tokens).detach()
@@ -146,9 +138,7 @@ def test_devices_can_be_mapped(made, tmp_path):
     from adamoe_dist.errors import UserError
     from adamoe_dist.hf import model_from_checkpoint
 
-    root, checkpoint, megatron, _, _ = made
-    if family_of(made) != "adamoe":
-        pytest.skip("this model has a class of transformers")
+    root, checkpoint, megatron, _ = made
     tokens = torch.arange(40).view(2, 20)
     expected = megatron.logits(tokens).detach()
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -186,21 +176,17 @@ def test_a_checkpoint_that_is_not_of_its_configuration_is_refused(tmp_path):
             model_from_checkpoint(checkpoint)
 
 
-def test_the_tool_exports_verifies_and_imports(made, tmp_path):
-    root, checkpoint, *_ = made
+def test_the_tool_exports_and_verifies(tmp_path):
+    checkpoint, _, _ = checkpoint_of(tmp_path, ALL)
     tool = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")
 
     def run(*arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, tool, *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=tmp_path
-        )
+        command = [sys.executable, tool, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    if family_of(made) != "adamoe":
-        pytest.skip("this model has a class of transformers")
-    assert "AdaMoEForCausalLM (adamoe)" in run(
-        "export", "--from", root / "run", "--to", tmp_path / "hf", "--license", "apache-2.0"
-    )
+    said = run("export", "--from", tmp_path / "run", "--to", tmp_path / "hf", "--license", "apache-2.0")
+    assert "AdaMoEForCausalLM (adamoe)" in said
     assert 'license: "apache-2.0"' in (tmp_path / "hf" / "README.md").read_text()
     run("verify", "--hf", tmp_path / "hf", "--megatron", checkpoint)
