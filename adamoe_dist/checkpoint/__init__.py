@@ -13,6 +13,7 @@ from adamoe_dist.checkpoint.directory import (
 )
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
+from adamoe_dist.checkpoint.lora import adapters_of, is_lora, merge_lora, merged_weight
 from adamoe_dist.checkpoint.manifest import (
     copy_file,
     describe_file,
@@ -43,6 +44,7 @@ __all__ = [
     "Snapshot",
     "Start",
     "WeightsWriter",
+    "adapters_of",
     "bytes_to_copy",
     "changed_keys",
     "check_compatible",
@@ -55,8 +57,11 @@ __all__ = [
     "find_start",
     "has_checkpoints",
     "holds_weights_only",
+    "is_lora",
     "load_checkpoint",
     "load_weights",
+    "merge_lora",
+    "merged_weight",
     "notes_on_cut",
     "plan_null_experts",
     "read_config",

@@ -19,7 +19,7 @@ from adamoe_dist.checkpoint.index import CheckpointReader, read_shapes
 from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.zero import ZeroState
 from adamoe_dist.errors import UserError
-from adamoe_dist.model import Part
+from adamoe_dist.model import Part, is_adapter
 from adamoe_dist.parallel import TrainingEngine, stage_group
 
 _BATCH_BYTES = 1 << 29
@@ -70,7 +70,7 @@ def load_weights(path: Path, engine: TrainingEngine) -> list[str]:
     shapes = _verified_shapes(path)
     zero = ZeroState(engine)
     is_without = not any(names.weight_key(name) in shapes for name in zero.buffers)
-    entries = [*_weights(zero), *(() if is_without else _buffers(zero))]
+    entries = [*_weights(zero, shapes), *(() if is_without else _buffers(zero))]
     _check_shapes(path, entries, shapes, ("model.",))
     _read(path, entries)
     _finish(zero, engine)
@@ -99,14 +99,17 @@ class _Entry:
         return sum(prod(part.local_shape) * part.dtype.itemsize for part in self.wanted.values())
 
 
-def _weights(zero: ZeroState) -> Iterator[_Entry]:
+def _weights(zero: ZeroState, shapes: dict[str, tuple[int, ...]] | None = None) -> Iterator[_Entry]:
+    """The weights; where shapes are given, adapters that are not among them stay as they are: new on that model."""
     for name, part in zero.parts.items():
+        if shapes is not None and is_adapter(name) and names.weight_key(name) not in shapes:
+            continue
         yield _part_entry(names.weight_key(name), part, partial(zero.set_weight, name))
 
 
 def _moments(zero: ZeroState) -> Iterator[_Entry]:
     for moment in zero.moments:
-        for name, part in zero.parts.items():
+        for name, part in zero.trained.items():
             yield _part_entry(names.moment_key(name, moment), part, partial(zero.set_moment, name, moment))
     if zero.moments:
         key = names.OPTIMIZER_STEP

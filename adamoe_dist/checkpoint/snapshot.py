@@ -62,7 +62,7 @@ def collect_tensors(engine: TrainingEngine) -> dict[str, ShardedTensor]:
     for (key, name, moment), writer in zip(entries, _writers(zero, entries), strict=True):
         part = zero.parts[name]
         value = zero.weight(name) if moment is None else zero.moment(name, moment)
-        own = _owned(value, zero.is_whole) if part.replica == writer else None
+        own = _owned(value, zero.is_whole or name not in zero.trained) if part.replica == writer else None
         collected.update(names.pieces_of(key, part, writer, own))
     for name, buffer in zero.buffers.items():
         key = names.weight_key(name)
@@ -82,7 +82,7 @@ Entry = tuple[str, str, str | None]
 def _entries(zero: ZeroState) -> Iterator[Entry]:
     for name in zero.parts:
         yield names.weight_key(name), name, None
-        for moment in zero.moments:
+        for moment in zero.moments if name in zero.trained else ():
             yield names.moment_key(name, moment), name, moment
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -14,7 +15,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from adamoe_dist.model import canonical_buffers, parts_of
-from adamoe_dist.parallel import TrainingEngine, UnshardedOptimizer, update_weights_of_stage_3
+from adamoe_dist.parallel import TrainingEngine, UnshardedOptimizer, is_trained, update_weights_of_stage_3
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTS = {"AdamW": ADAM_MOMENTS, "FusedAdam": ADAM_MOMENTS, "DeepSpeedCPUAdam": ADAM_MOMENTS, "SGD": ()}
@@ -22,7 +23,9 @@ _LINKED, _LINK = "_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_
 
 
 class ZeroState:
-    """What an engine's optimizer holds in any ZeRO stage, as whole tensors.
+    """What an engine holds in any ZeRO stage, as whole tensors: masters and moments of what the optimizer trains.
+
+    A frozen weight has no master: its value is the one that the model computes with.
 
     All ranks call the methods together and in the same order: a weight is summed over the ranks that shard it.
     """
@@ -44,11 +47,14 @@ class ZeroState:
         self.moments = MOMENTS[optimizer_class]
         self.parts = parts_of(engine.model)
         self.parameters = {name: part.parameter for name, part in self.parts.items()}
+        self.trained = {name: part for name, part in self.parts.items() if is_trained(part.parameter)}
         self.buffers = canonical_buffers(engine.model)
         self._create_states()
 
     def weight(self, name: str) -> Tensor:
-        """Return the master weight of a parameter: fp32, its shape, on its device."""
+        """Return the master weight of a parameter, or a frozen one's value: fp32, its shape, on its device."""
+        if name not in self.trained:
+            return self._frozen(name)
         if self.is_whole:
             master: Tensor = self.zero.master(self.parameters[name])
             return master.detach()
@@ -66,7 +72,9 @@ class ZeroState:
 
     def set_weight(self, name: str, value: Tensor) -> None:
         """Set a master weight (fp32, the parameter's shape, any device); :meth:`update_weights` follows the last."""
-        if self.is_whole:
+        if name not in self.trained:
+            self._set_frozen(name, value)
+        elif self.is_whole:
             self.weight(name).copy_(value)
         elif self.is_stage_3:
             self.zero.set_local_hp_param(self._shard(name, value), self.parameters[name])
@@ -81,6 +89,22 @@ class ZeroState:
             self.zero.set_local_hp_param(self._shard(name, value), self.parameters[name], moment)
         else:
             safe_set_full_optimizer_state(self.parameters[name], value, moment)
+
+    def _frozen(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        if not self.is_stage_3:
+            return parameter.detach().float()
+        with GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
+
+    @torch.no_grad()
+    def _set_frozen(self, name: str, value: Tensor) -> None:
+        parameter: Any = self.parameters[name]
+        if self.is_stage_3:
+            shard = parameter.ds_tensor
+            shard.copy_(self._shard(name, value).view_as(shard))
+        else:
+            parameter.copy_(value)
 
     def update_weights(self) -> None:
         """Make the weights that the model computes with from the master weights."""

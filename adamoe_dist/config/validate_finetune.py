@@ -16,6 +16,12 @@ def check_finetune(config: Config, problems: list[str]) -> None:
     if settings.trainable == []:
         problems.append("finetune.trainable=[] trains nothing; name weights, or use all")
     _check_lora(settings.lora, problems)
+    cut = config.parallel.expert_tensor
+    if settings.lora.rank is not None and "experts" in settings.lora.targets and cut > 1:
+        problems.append(
+            f"finetune.lora.targets names experts, which parallel.expert_tensor={cut} cuts; set it to 1, or "
+            "finetune.lora.targets=[attention]"
+        )
     if settings.anneal_epochs is not None and balance.final_coefficient is None:
         problems.append(
             f"finetune.anneal_epochs={settings.anneal_epochs:g} does nothing without "

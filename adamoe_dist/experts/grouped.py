@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from adamoe_dist.experts.adapted import AdaptedExperts
 from adamoe_dist.experts.kernels import KERNELS
 
 
@@ -55,6 +56,7 @@ class GroupedExperts(MegatronModule):
         self.inner_width, rest = divmod(config.moe_ffn_hidden_size, self.tensor_size)
         assert rest == 0, f"inner width {config.moe_ffn_hidden_size} is not cut by {self.tensor_size} ranks"
         width = config.hidden_size
+        self.lora: AdaptedExperts | None = None
         self.weight1 = self._parameter(1, num_local_experts, 2 * self.inner_width, width)
         self.weight2 = self._parameter(2, num_local_experts, width, self.inner_width)
 
@@ -95,6 +97,8 @@ class GroupedExperts(MegatronModule):
             ``((P, H), None)``: Megatron's pair of output (of this rank's slice of F) and bias.
         """
         inputs = (rows_PH, self.weight1, self.weight2, tokens_per_expert, weights_P)
+        if self.lora is not None:
+            return self.lora(*inputs), None
         if self.is_recomputed and torch.is_grad_enabled():
             return checkpoint(self.kernel, *inputs, use_reentrant=False, preserve_rng_state=False), None
         return self.kernel(*inputs), None

@@ -1,5 +1,6 @@
 """The Megatron model built from a configuration; the room that knows Megatron's versions."""
 
+from adamoe_dist.model.adapters import is_adapter
 from adamoe_dist.model.build import BuiltModel, LanguageModel, build_model
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
 from adamoe_dist.model.modules import CausalAttention, RMSNorm
@@ -14,6 +15,7 @@ from adamoe_dist.model.parts import (
     reduction_group,
     replica_of,
 )
+from adamoe_dist.model.trainable import choose_trained
 
 __all__ = [
     "AdaMoELayer",
@@ -25,7 +27,9 @@ __all__ = [
     "RMSNorm",
     "build_model",
     "canonical_buffers",
+    "choose_trained",
     "forget_logged_losses",
+    "is_adapter",
     "is_moe_layer",
     "is_tied_copy",
     "part_of",

@@ -6,6 +6,7 @@ Its whole shape is the one it has there: experts of a layer stacked by global nu
 
 import importlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -98,16 +99,15 @@ def is_tied_copy(parameter: Tensor) -> bool:
 
 
 def parts_of(model: torch.nn.Module) -> dict[str, Part]:
-    """Return this rank's part of each trained weight by canonical name, copies of the embedding left out."""
+    """Return this rank's part of each weight, frozen or not, by canonical name; copies of the embedding left out."""
+    return {name: part_of(name, p) for name, p in local_names(model) if not is_tied_copy(p)}
+
+
+def local_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield this rank's weights with their canonical names."""
     offset = _layer_offset(model)
-    parts = {}
     for local_name, parameter in model.named_parameters():
-        if is_tied_copy(parameter):
-            continue
-        assert parameter.requires_grad, f"{local_name} is not trained: a checkpoint would lose it"
-        name = canonical_name(local_name, offset)
-        parts[name] = part_of(name, parameter)
-    return parts
+        yield canonical_name(local_name, offset), parameter
 
 
 def canonical_buffers(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -38,6 +38,9 @@ class MegatronExpertEngine(DeepSpeedEngine):
         super()._configure_distributed_model(model)
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        if not self.zero_optimization_partition_weights():  # stage 3 shards frozen experts too
+            trains_experts = any(group.get("moe", False) for group in client_optimizer.param_groups)
+            self.has_moe_layers = self.has_moe_layers and trains_experts  # the others insist on a group of experts
         if self.zero_optimization():
             super()._configure_optimizer(client_optimizer, model_parameters)
             return

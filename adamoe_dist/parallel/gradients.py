@@ -25,7 +25,7 @@ def sum_over_tensor_ranks(model: torch.nn.Module) -> None:
         return total.to(gradient.dtype)
 
     for parameter in model.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+        if getattr(parameter, "sequence_parallel", False) and parameter.requires_grad:
             parameter.register_hook(summed)
 
 
@@ -47,14 +47,15 @@ class TiedEmbedding:
         self._sending: dist.Work | None = None
         self.owner = model.gpt.embedding.word_embeddings.weight if model.is_first_stage else None
         self.copy = next((p for p in model.parameters() if is_tied_copy(p)), None)
-        if self.owner is not None:
+        self._is_trained = any(p is not None and p.requires_grad for p in (self.owner, self.copy))
+        if self.owner is not None and self._is_trained:
             self.owner.register_hook(self._add_received)
-        if self.copy is not None:
+        if self.copy is not None and self._is_trained:
             self.copy.register_post_accumulate_grad_hook(self._collect)
 
     def start_step(self, micro_batches: int) -> None:
-        """Expect so many backward passes."""
-        self._left = micro_batches
+        """Expect so many backward passes; none of a frozen embedding."""
+        self._left = micro_batches if self._is_trained else 0
         self._sum = None
 
     def finish_step(self) -> None:
@@ -63,7 +64,8 @@ class TiedEmbedding:
         if self._sending is not None:
             self._sending.wait()
             self._sending = None
-        self.share()
+        if self._is_trained:
+            self.share()
 
     def share(self) -> None:
         """Bring the weight to the copy. The first and the last stage call it together."""

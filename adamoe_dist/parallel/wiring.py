@@ -57,7 +57,9 @@ def verify_wiring(engine: Any, model: torch.nn.Module, resolved: Resolved, befor
     """
     _verify_order(engine, model)
     layout = resolved.layout
-    if bool(engine.has_moe_layers) != layout.experts_are_apart:
+    is_stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+    has_work = is_stage_3 or any(map(is_trained, experts_of(model).values()))
+    if bool(engine.has_moe_layers) != (layout.experts_are_apart and has_work):
         raise WiringError(f"engine.has_moe_layers={engine.has_moe_layers} with the layout {layout.explain()}")
     _verify_groups(engine, model)
     if layout.experts_are_apart:

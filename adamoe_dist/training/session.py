@@ -12,7 +12,7 @@ from adamoe_dist.config import Config, Resolved, is_allowed, schedule_problem
 from adamoe_dist.data import BatchStream
 from adamoe_dist.dispatch import check_flex
 from adamoe_dist.errors import UserError, exit_code_of
-from adamoe_dist.model import BuiltModel, build_model
+from adamoe_dist.model import BuiltModel, build_model, choose_trained
 from adamoe_dist.parallel import (
     Launch,
     Progress,
@@ -126,6 +126,7 @@ def _train_in_groups(
     dtype = _dtype(config)
     platform.seed_everything(config.run.seed, config.run.deterministic)
     built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda(), expert_nodes)
+    trained = choose_trained(built.model, config)
     engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
     recorder = Recorder(corpora.validation)
     writer = CheckpointWriter(config, corpora.tokenizer.fingerprint, dtype)
@@ -151,6 +152,8 @@ def _train_in_groups(
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks, progress)
     _report_start(config, resolved, corpora, built)
+    if trained is not None:
+        logger.info("%s", trained)
     restore(trainer, start)
     progress.step = trainer.step
     try:

@@ -179,7 +179,7 @@ def train(
 
     from adamoe_dist import platform
     from adamoe_dist.config import config_from_dict, resolve
-    from adamoe_dist.model import build_model
+    from adamoe_dist.model import build_model, choose_trained
     from adamoe_dist.parallel import (
         Launch,
         Schedule,
@@ -201,6 +201,7 @@ def train(
         dtype, device = DTYPES[precision], platform.device(launch.local_rank)
         built = build_model(config, resolved, VOCAB, dtype, cuda=platform.is_cuda())
         require_equal_replicas(built.model)  # before a broadcast of the engine's could hide a difference
+        choose_trained(built.model, config)
         engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
         schedule = Schedule(engine, built.model, dtype, device)
         outcome = Outcome(initial=gathered(built.model, dict(built.model.named_parameters())))
@@ -275,7 +276,7 @@ class GradientCapture:
             name: torch.zeros(getattr(p, "ds_shape", p.shape), device=p.device) for name, p in model.named_parameters()
         }
         self.handles = []
-        for name, parameter in model.named_parameters():
+        for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
             self.handles.append(parameter.register_hook(self._adder(name)))
 
     def _adder(self, name: str) -> Any:

@@ -39,7 +39,7 @@ class Run:
     def __init__(self, layout: Layout, seed: int) -> None:
         from adamoe_dist import platform
         from adamoe_dist.config import config_from_dict, resolve
-        from adamoe_dist.model import build_model
+        from adamoe_dist.model import build_model, choose_trained
         from adamoe_dist.parallel import Launch, Schedule, TrainingEngine, initialize_groups
         from adamoe_dist.training.load_control import load_controller
 
@@ -51,6 +51,7 @@ class Run:
         dtype = DTYPES[layout.precision]
         changed_seed = merged(layout.tree(), {"run": {"seed": seed}})
         model = build_model(config_from_dict(changed_seed), self.resolved, VOCAB, dtype, cuda=False).model
+        choose_trained(model, self.config)
         self.engine = TrainingEngine(model, self.config, self.resolved, dtype, self.config.moe.num_experts)
         self.schedule = Schedule(self.engine, model, dtype, torch.device("cpu"))
         self.controller = load_controller(self.config, model)
