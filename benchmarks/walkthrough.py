@@ -125,6 +125,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Do what is left to do, and print the table."""
     options = _parser().parse_args(argv)
+    if options.num_null_experts < 1:
+        raise UserError(f"--num-null-experts {options.num_null_experts}: the AdaMoE model needs 1 or more")
     directory = options.directory
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "dense").exists():

@@ -14,7 +14,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **changes}
 
 
-def benchmark(name: str, *arguments: str, ranks: int = 1, **changes: str) -> subprocess.CompletedProcess[str]:
+def benchmark(
+    name: str, *arguments: str, ranks: int = 1, timeout_s: float = 300, **changes: str
+) -> subprocess.CompletedProcess[str]:
     program = [str(REPOSITORY / "benchmarks" / name), *arguments]
     launcher = [sys.executable]
     if ranks > 1:
@@ -22,5 +24,10 @@ def benchmark(name: str, *arguments: str, ranks: int = 1, **changes: str) -> sub
 
         launcher = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     return subprocess.run(
-        [*launcher, *program], capture_output=True, text=True, timeout=300, env=environment(**changes), cwd=REPOSITORY
+        [*launcher, *program],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(**changes),
+        cwd=REPOSITORY,
     )
