@@ -96,7 +96,7 @@ def _score_batch(opened: OpenedModel, batch: list[TokenSequence], use: ExpertUse
         input_ids=ids_BS.to(opened.device),
         attention_mask=real_BS.to(opened.device).long(),
         use_cache=False,
-        logits_to_keep=torch.arange(first, length, device=opened.device),
+        logits_to_keep=length - first,
     ).logits
     return [_scores_of(opened, logits_BPV[row], sequence, first) for row, sequence in enumerate(batch)]
 
