@@ -151,7 +151,7 @@ def test_questions(run, place) -> None:
 def test_a_comparison(run) -> None:
     line = line_of("--baseline")
     report = json.loads(run(f"{line} --json"))
-    assert set(report) == {"checkpoint", "baseline", "comparison"}
+    assert set(report) == {"settings", "checkpoint", "baseline", "comparison"} and report["settings"]["limit"] == 4
     here, there = (report[name]["tasks"]["questions.jsonl"] for name in ("checkpoint", "baseline"))
     paired = report["comparison"]["tasks"]["questions.jsonl"]
     gap = here["accuracy"]["bytes"]["value"] - there["accuracy"]["bytes"]["value"]
