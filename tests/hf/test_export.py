@@ -115,9 +115,10 @@ def test_a_checkpoint_goes_straight_into_the_class(made):
 
 
 def test_a_bf16_export_in_shards_keeps_the_selection_bias(tmp_path):
-    import adamoe_dist.hf  # noqa: F401
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
+
+    import adamoe_dist.hf  # noqa: F401
 
     checkpoint, _, _ = checkpoint_of(tmp_path, ALL)
     export(checkpoint, tmp_path / "hf", "bf16", 60_000)
