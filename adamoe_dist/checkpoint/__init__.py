@@ -42,6 +42,7 @@ __all__ = [
     "copy_file",
     "describe_checkpoint",
     "describe_file",
+    "drawn_null_rows",
     "find_checkpoint",
     "has_checkpoints",
     "load_checkpoint",

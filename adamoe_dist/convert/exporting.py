@@ -80,7 +80,9 @@ def plan_export(
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
     origin = origin_of(checkpoint) or origin_of_run(config)
-    tokenizer = origin.files if origin is not None else _run_tokenizer(checkpoint, config)
+    tokenizer = _run_tokenizer(checkpoint, config)
+    if origin is not None:
+        tokenizer = origin.files if has_tokenizer(origin.files) else None
     rows = vocab_size or _vocab_size(config, origin, tokenizer)
     chosen = choose_family(config, rows, origin, family)
     is_same = origin is not None and chosen is origin.family and _is_same_model(config, origin)
