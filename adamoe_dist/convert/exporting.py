@@ -80,7 +80,9 @@ def plan_export(
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
     origin = origin_of(checkpoint) or origin_of_run(config)
-    tokenizer = origin.files if origin is not None else _run_tokenizer(checkpoint, config)
+    tokenizer = _run_tokenizer(checkpoint, config)
+    if origin is not None:
+        tokenizer = origin.files if has_tokenizer(origin.files) else None
     rows = vocab_size or _vocab_size(config, origin, tokenizer)
     chosen = choose_family(config, rows, origin, family)
     is_same = origin is not None and chosen is origin.family and _is_same_model(config, origin)
@@ -299,7 +301,8 @@ def _write_files(plan: ExportPlan, directory: Path, write_tokenizer: WriteTokeni
     """Give the tokenizer and what else was kept of an imported model along; return lines on what is lacking."""
     if plan.origin is not None:
         for file in sorted(plan.origin.files.iterdir()):
-            is_code = file.suffix == ".py" and plan.family is not plan.origin.family
+            is_other = plan.family is not plan.origin.family
+            is_code = file.suffix == ".py" and (is_other or file.name in plan.family.extra_files(plan.config))
             if file.name != CONFIG_FILE and not is_code:
                 copy_file(file, directory / file.name)
         return [] if has_tokenizer(directory) else ["the imported model had no tokenizer: none is in it"]
