@@ -1,6 +1,7 @@
 """Measure a model on text (perplexity, bits per byte) and on multiple-choice questions."""
 
 import argparse
+import dataclasses
 import gc
 import json
 from pathlib import Path
@@ -171,7 +172,10 @@ def main(argv: list[str]) -> None:
     context, stride = check_windows(min(map(longest_input, places)), options.context, options.stride)
     settings = Settings(options.batch_size, context, stride, options.reference_top_k)
     measured = {place: _measure(place, inputs, settings, options) for place in places}
-    report: dict[str, Any] = {"checkpoint": measured[options.checkpoint].report}
+    report: dict[str, Any] = {
+        "settings": {"limit": options.limit, "template": options.template, **dataclasses.asdict(settings)},
+        "checkpoint": measured[options.checkpoint].report,
+    }
     if options.baseline:
         report["baseline"] = measured[options.baseline].report
         report["comparison"] = compare(measured[options.checkpoint], measured[options.baseline])

@@ -71,9 +71,9 @@ def paired_interval(both: int, gained: int, lost: int, neither: int) -> tuple[fl
     here_low, here_high = wilson_interval(both + gained, items)
     there_low, there_high = wilson_interval(both + lost, items)
     spread = math.sqrt((both + gained) * (lost + neither) * (both + lost) * (gained + neither))
-    agreement = both * neither - gained * lost
+    agreement = float(both * neither - gained * lost)
     if agreement > 0:
-        agreement = max(agreement - items / 2, 0)
+        agreement = max(agreement - items / 2, 0.0)
     correlation = agreement / spread if spread else 0.0
 
     def joined(one: float, other: float) -> float:

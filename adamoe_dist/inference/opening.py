@@ -1,5 +1,6 @@
 """One way to open a model that is to be used: a Hugging Face directory, a checkpoint or a run directory."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ class OpenedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        place = torch.device(self.model.get_input_embeddings().weight.device)
+        # Weights that accelerate keeps elsewhere and fetches for each use are on no device; it computes on the first.
+        return platform.device() if place.type == "meta" else place
 
     @property
     def context(self) -> int:
@@ -123,10 +126,10 @@ def _check_choices(dtype: str, device: str) -> None:
         return
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(
-            f"--device {device} is no device; give auto, cpu, cuda, cuda:N or {', '.join(DEVICE_MAPS)}"
-        ) from error
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not known; give auto, cpu, cuda, cuda:N or {', '.join(DEVICE_MAPS)}")
     if kind == "cuda" and not platform.is_cuda():
         raise UserError(f"--device {device}: there is no CUDA device here; give --device cpu")
 
@@ -197,6 +200,8 @@ def _open_checkpoint(path: Path, dtype: str, device: str, tokenizer: str | None)
     from adamoe_dist.config import config_from_dict
     from adamoe_dist.hf import model_from_checkpoint, tokenizer_from_checkpoint, transformers_tokenizer
 
+    if device in DEVICE_MAPS:
+        raise UserError(f"--device {device} is for Hugging Face directories; give auto, or export {path} first")
     source = checkpoint_at(str(path), "--checkpoint")
     config = config_from_dict(read_config(source))
     chosen = transformers_tokenizer(Path(tokenizer)) if tokenizer else tokenizer_from_checkpoint(source)
@@ -214,8 +219,9 @@ def _finish(model: Any, tokenizer: Any, name: str, reference_top_k: int | None =
         )
     model.eval().requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    description = f"{name}, {parameters:,} parameters, {_words(model.dtype)} on {model.device}"
-    return OpenedModel(model, tokenizer, description, reference_top_k or _reference_top_k(model.config))
+    description = f"{name}, {parameters:,} parameters, {_words(model.dtype)}"
+    opened = OpenedModel(model, tokenizer, description, reference_top_k or _reference_top_k(model.config))
+    return dataclasses.replace(opened, description=f"{description} on {opened.device}")
 
 
 def _words(dtype: torch.dtype) -> str:

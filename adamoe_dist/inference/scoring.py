@@ -68,13 +68,21 @@ def score_sequences(
         The scores, in the order of ``sequences``.
 
     Raises:
-        UserError: a log-likelihood is NaN or infinite.
+        UserError: a log-likelihood is NaN or infinite, or the GPU's memory is too small.
     """
     order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), sequences[index].ids))
     scores: dict[int, TokenScores] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        scores.update(zip(chosen, _score_batch(opened, [sequences[i] for i in chosen], use), strict=True))
+        batch = [sequences[index] for index in chosen]
+        try:
+            scored = _score_batch(opened, batch, use)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--batch-size {batch_size}: so many sequences of up to {len(batch[0].ids)} tokens do not fit into the "
+                "GPU's memory; give fewer, or a shorter --context"
+            ) from error
+        scores.update(zip(chosen, scored, strict=True))
         on_scored(len(chosen))
     return [scores[index] for index in range(len(sequences))]
 
@@ -96,7 +104,7 @@ def _score_batch(opened: OpenedModel, batch: list[TokenSequence], use: ExpertUse
         input_ids=ids_BS.to(opened.device),
         attention_mask=real_BS.to(opened.device).long(),
         use_cache=False,
-        logits_to_keep=torch.arange(first, length, device=opened.device),
+        logits_to_keep=length - first,
     ).logits
     return [_scores_of(opened, logits_BPV[row], sequence, first) for row, sequence in enumerate(batch)]
 

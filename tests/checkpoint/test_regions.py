@@ -35,8 +35,9 @@ def test_any_region_is_that_of_the_whole_tensor(tmp_path: Path) -> None:
 def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path)
     index = read_index(path)
-    entry = index[EXPERTS]
-    index[EXPERTS] = replace(entry, blocks=(replace(entry.blocks[0], start=1), *entry.blocks[1:]))
+    entry, other = index[EXPERTS], index["model.decoder.layers.0.mlp.router.weight"].blocks[0]
+    wrong = replace(entry.blocks[0], file=other.file, start=other.start, length=other.length)
+    index[EXPERTS] = replace(entry, blocks=(wrong, *entry.blocks[1:]))
     write_index(path, index)
     sign(path)
     with RegionReader(path) as reader, pytest.raises(UserError, match="does not hold the tensors"):
@@ -44,7 +45,7 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_blocks_are_written_as_one_tensor(tmp_path: Path) -> None:
-    big = torch.randn(5, 8)
+    big = torch.randn(5000, 8)
     with WeightsWriter(tmp_path) as writer:
         writer.add("b", (4, 8), (2, 0), big[2:4])
         writer.add("a", (3,), (0,), torch.arange(3.0).to(torch.bfloat16))
@@ -55,7 +56,7 @@ def test_blocks_are_written_as_one_tensor(tmp_path: Path) -> None:
     index = read_index(path)
     assert torch.equal(read_tensor(path, index, "model.b"), big[:4])
     assert torch.equal(read_tensor(path, index, "model.a"), torch.arange(3.0))
-    assert os.stat(path / "__0_0.distcp").st_size < 4096, "a block of a larger tensor took all of it along"
+    assert os.stat(path / "__0_0.distcp").st_size < 20_000, "a block of a larger tensor took all of it along"
 
 
 def test_a_hole_is_found_before_the_checkpoint_has_its_name(tmp_path: Path) -> None:
