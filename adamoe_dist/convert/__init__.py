@@ -1,6 +1,7 @@
 """From and to Hugging Face: families as tables of names, tensors one by one, nothing dropped silently."""
 
-from adamoe_dist.convert.exporting import ExportPlan, choose_family, export_model, plan_export, read_weight
+from adamoe_dist.convert.export_plan import ExportPlan, choose_family, plan_export
+from adamoe_dist.convert.exporting import export_model, read_weight
 from adamoe_dist.convert.families import FAMILIES, VANILLA, family_of
 from adamoe_dist.convert.family import Architecture, Family, meaning
 from adamoe_dist.convert.hf_config import HFConfig

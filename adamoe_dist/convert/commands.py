@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adamoe_dist.console import progress, say
-from adamoe_dist.convert.exporting import export_model, plan_export
+from adamoe_dist.convert.export_plan import plan_export
+from adamoe_dist.convert.exporting import export_model
 from adamoe_dist.convert.families import FAMILIES
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.importing import RUN_CONFIG, import_model, plan_import
