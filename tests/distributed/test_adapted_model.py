@@ -42,7 +42,7 @@ def adapt(directory: Path, root: Path, training: dict[str, Any], steps: int) -> 
     tree = read_config(path)
     changes = {"model": tree["model"] | {"sequence_length": 32}, "moe": tree["moe"], "train": training}
     changes["moe"]["router"]["balance"]["type"] = "none"
-    more = {"schedule": {"total_steps": steps}, "optimizer": {"learning_rate": 1e-3}}
+    more = {"schedule": {"total_steps": steps}, "optimizer": {"learning_rate": 2e-4}}
     losses, loads = [], []
     with checks.started(Layout(changes=merged(changes, more)), seed=99) as run:
         assert not load_weights(path, run.engine)
@@ -59,7 +59,8 @@ def test_the_load_goes_from_the_models_own_to_the_target(ranks_of: Any, tmp_path
     (_,) = ranks_of(1).run(save_olmoe, tmp_path / "olmoe", training)
     ((losses, loads),) = ranks_of(1).run(adapt, tmp_path / "olmoe", tmp_path / "adapted", training, 200)
     assert loads[0] == [2.0, 2.0], "no null expert is selected in the first step"
+    assert all(min(column) > 0.8 * TARGET for column in zip(*loads, strict=True)), "the load falls too deep"
     last = [sum(column) / 20 for column in zip(*loads[-20:], strict=True)]
     print([[round(load, 2) for load in step] for step in loads[:12]], last, [round(x, 3) for x in losses[:24]])
-    assert last == pytest.approx([TARGET, TARGET], rel=0.04)
+    assert last == pytest.approx([TARGET, TARGET], rel=0.1)
     assert max(losses) < losses[0] + 0.3 and losses[-1] < losses[0] + 0.05
