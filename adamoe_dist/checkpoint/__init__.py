@@ -1,7 +1,7 @@
 """Checkpoints that survive any change of ranks: canonical tensors in Megatron-core's distributed format."""
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
-from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
+from adamoe_dist.checkpoint.compatibility import check_compatible, holds_weights_only, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.index import read_index, read_tensor
@@ -45,6 +45,7 @@ __all__ = [
     "drawn_null_rows",
     "find_checkpoint",
     "has_checkpoints",
+    "holds_weights_only",
     "load_checkpoint",
     "load_weights",
     "notes_on_cut",

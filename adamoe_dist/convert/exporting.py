@@ -99,7 +99,8 @@ def _write_files(plan: ExportPlan, directory: Path, write_tokenizer: WriteTokeni
     """Give the tokenizer and what else was kept of an imported model along; return lines on what is lacking."""
     if plan.origin is not None:
         for file in sorted(plan.origin.files.iterdir()):
-            is_code = file.suffix == ".py" and plan.family is not plan.origin.family
+            is_other = plan.family is not plan.origin.family
+            is_code = file.suffix == ".py" and (is_other or file.name in plan.family.extra_files(plan.config))
             if file.name != CONFIG_FILE and not is_code:
                 copy_file(file, directory / file.name)
         return [] if has_tokenizer(directory) else ["the imported model had no tokenizer: none is in it"]

@@ -21,6 +21,10 @@ from adamoe_dist.routing import NullInit
 SHUTTING_BIAS = 1.0
 """On every true expert, it lets none of the null ones be selected: scores are between 0 and 1."""
 
+GENTLE_BIAS_RATE = 0.2
+"""``moe.router.bias_rate`` on the way from there: at the default of 0.5 the bias, which no token's selection tells how
+far it still has to go, arrives in steps so long that the load falls to less than half of the target for a while."""
+
 
 @dataclass(frozen=True)
 class NullChoice:
@@ -118,6 +122,8 @@ def _changed_tree(config: Config, choice: NullChoice) -> dict[str, Any]:
         moe["reference_top_k"] = config.moe.top_k
     router["null_init"] = choice.null_init
     router["target_load"] = choice.target_load
+    if choice.preserves_output:
+        router["bias_rate"] = GENTLE_BIAS_RATE
     if router["normalize"] == "none" and router["score_function"] == "softmax":
         router["normalize"] = "all_true"
     return tree

@@ -114,7 +114,9 @@ def plan_upcycling(source: Path, options: Upcycling, choice: NullChoice | None =
         for layer in range(config.model.num_layers)
     }
     notes = (*directory.architecture.notes, *notes)
-    plan = ImportPlan(directory, config, weights, routers, False, fingerprint, notes)
+    plan = ImportPlan(
+        directory, config, weights, routers, keeps_origin=False, tokenizer_fingerprint=fingerprint, notes=notes
+    )
     if choice.num_null and not choice.preserves_output:
         choice = replace(choice, top_k=options.top_k)
     return UpcyclePlan(with_null_experts(plan, choice), options, pieces, choice.preserves_output)

@@ -76,17 +76,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def pair_of(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
+def pair_of(changes: dict[str, Any], vocab_size: int = VOCAB) -> tuple[Any, Any, Any]:
     """Return the configuration, the Megatron model and the class; no weight is zero or one where it starts so."""
     changes = merged(SMALL, changes)
     config, _ = config_of(changes)
-    megatron = model_of(changes)
+    megatron = model_of(changes, vocab_size=vocab_size)
     draws = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, tensor in canonical(megatron).items():
             if "norm" in name or "bias" in name or "constant" in name or "residual" in name:
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=draws))
-    return config, megatron, class_of(config, megatron)
+    return config, megatron, class_of(config, megatron, vocab_size)
 
 
 def canonical(megatron: Any) -> dict[str, torch.Tensor]:
@@ -114,12 +114,12 @@ def class_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, to
     return found
 
 
-def class_of(config: Any, megatron: Any) -> Any:
+def class_of(config: Any, megatron: Any, vocab_size: int) -> Any:
     from adamoe_dist.convert import FAMILIES
     from adamoe_dist.hf import AdaMoEConfig, AdaMoEForCausalLM
 
     tensors = class_tensors(config, {name: tensor.detach() for name, tensor in canonical(megatron).items()})
-    model = AdaMoEForCausalLM(AdaMoEConfig.from_dict(FAMILIES["adamoe"].write(config, VOCAB)))
+    model = AdaMoEForCausalLM(AdaMoEConfig.from_dict(FAMILIES["adamoe"].write(config, vocab_size)))
     if config.model.tie_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, strict=True)
