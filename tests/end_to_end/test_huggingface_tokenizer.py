@@ -1,5 +1,6 @@
 """A run on a Hugging Face tokenizer, from text to a model that transformers generates with."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -59,3 +60,29 @@ def test_the_run_opens_in_transformers_and_gives_its_validation_loss(run, monkey
     prompt = tokenizer("The ", return_tensors="pt")
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0])
     assert text.startswith("The ")
+
+
+def test_its_export_has_a_card_of_what_the_run_measured(run, tmp_path):
+    from adamoe_dist.data import Tokenizer
+    from tests.hf.exports import export
+
+    plan = export(run, tmp_path / "hf")
+    assert plan.family.model_type == "adamoe"
+    assert Tokenizer.load(tmp_path / "hf").fingerprint == Tokenizer.load(run / "tokenizer").fingerprint
+    card = (tmp_path / "hf" / "README.md").read_text()
+    last = [record for record in metrics_of(run) if "validation_loss" in record][-1]
+    head = card.split("---")[1]
+    assert 'library_name: "transformers"' in head and "license: not set" in head and "base_model" not in head
+    assert f"- tokens seen: {last['tokens_seen']:,} in 20 steps" in card and "`bpe_corpus_train`" in card
+    assert f"Validation loss at step 20: {last['validation_loss']:.3f} nats" in card
+    assert f"{last['true_experts_per_token']:.3f} true experts a token" in card
+    rows = [line for line in card.splitlines() if line.startswith(("| 0 |", "| 1 |"))]
+    loads = [float(row.split("|")[2]) for row in rows]
+    assert len(rows) == 2 and sum(loads) / 2 == pytest.approx(last["true_experts_per_token"], abs=2e-3)
+    assert "2406.13233" in card and "not measured" not in card.lower()
+    settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert (
+        settings["eos_token_id"] == 1
+        and settings["suppress_tokens"][0] == 300
+        and settings["suppress_tokens"][-1] == 383
+    )
