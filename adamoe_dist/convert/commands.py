@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ def run_verify(options: argparse.Namespace) -> None:
 def describe_hf_directory(path: Path) -> dict[str, Any]:
     """Return what a Hugging Face directory holds, and what keeps it from being converted, as plain values."""
     directory = HFDirectory(path)
-    refused = list(_refusals(directory))
+    ids, refused = _ids_and_refusals(directory)
     tensors = directory.tensors
     return {
         "path": str(path),
@@ -180,19 +179,26 @@ def describe_hf_directory(path: Path) -> dict[str, Any]:
         "tensors": {name: {"shape": list(one.shape), "dtype": one.dtype} for name, one in sorted(tensors.items())},
         "shards": {shard: (path / shard).stat().st_size for shard in directory.shards},
         "dtypes": dict(Counter(stored.dtype for stored in tensors.values())),
-        "tokenizer_ids": count_ids(path),
+        "tokenizer_ids": ids,
         "notes": [] if refused else list(directory.architecture.notes),
         "refused": refused,
     }
 
 
-def _refusals(directory: HFDirectory) -> Iterator[str]:
+def _ids_and_refusals(directory: HFDirectory) -> tuple[int | None, list[str]]:
+    """Return the size of the tokenizer, and what is wrong with the model and with its tokenizer."""
+    ids, refused = None, []
     try:
-        config = directory.architecture.config()
-        directory.weights(config)
-        directory.check_tokenizer()
+        directory.weights(directory.architecture.config())
     except UserError as problem:
-        yield str(problem)
+        refused.append(str(problem))
+    try:
+        ids = count_ids(directory.path)
+        if not refused:
+            directory.check_tokenizer()
+    except UserError as problem:
+        refused.append(str(problem))
+    return ids, refused
 
 
 def show_hf_directory(contents: dict[str, Any], shown: int) -> None:

@@ -47,7 +47,14 @@ def count_ids(directory: Path) -> int | None:
     Raises:
         UserError: a file of it cannot be read.
     """
-    ids = [*_ids_of_vocabulary(directory), *_ids_of_added(directory)]
+    try:
+        ids = [*_ids_of_vocabulary(directory), *_ids_of_added(directory)]
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        if isinstance(problem, UserError):
+            raise
+        raise UserError(
+            f"{directory}: its tokenizer's files are not as transformers writes them ({problem!r})"
+        ) from problem
     return max(ids) + 1 if ids else None
 
 

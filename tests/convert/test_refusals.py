@@ -146,6 +146,11 @@ def large_tokenizer(source: Path) -> str:
     return "101 ids"
 
 
+def broken_tokenizer(source: Path) -> str:
+    (source / "tokenizer.json").write_text('{"added_tokens": [{"content": "<s>"}]}')
+    return "its tokenizer's files"
+
+
 ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
 BAD = [
     without_config,
@@ -167,6 +172,7 @@ BAD = [
     with_tensor(ROUTER, None, "is missing"),
     with_tensor("model.layers.0.block_sparse_moe.gate.bias", torch.zeros(4), "no tensor of a mixtral model"),
     large_tokenizer,
+    broken_tokenizer,
 ]
 
 
@@ -353,3 +359,9 @@ def test_the_commands(
         [sys.executable, TOOL, "import", "--from", source, "--to", "out"], capture_output=True, text=True, cwd=tmp_path
     )
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: --to out")
+
+
+def test_sizes_that_no_model_has(source: Path) -> None:
+    models.change_config(source, num_attention_heads=5, head_dim=None, num_key_value_heads=5)
+    with pytest.raises(UserError, match=r"model\.num_attention_heads=5 does not divide model\.hidden_size=32"):
+        plan_import(source)
