@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from adamoe_dist.checkpoint import (  # noqa: E402
     changed_keys,
     checkpoint_at,
     describe_checkpoint,
+    holds_weights_only,
     plan_null_experts,
     read_config,
     read_manifest,
     set_null_experts,
     verify_files,
 )
-from adamoe_dist.convert import is_hf_directory  # noqa: E402
+from adamoe_dist.convert import FILES, is_hf_directory  # noqa: E402
 from adamoe_dist.convert.commands import (  # noqa: E402
     add_export,
     add_import,
@@ -161,7 +163,12 @@ def _set_null_experts(options: argparse.Namespace) -> None:
         f"{options.top_k}, null rows: {rows}"
     )
     changed = " ".join(f"{key}={value}" for key, value in changed_keys(source, change).items())
-    say(f"continue with: checkpoint.resume={path} {changed}".rstrip())
+    if not holds_weights_only(source):
+        say(f"continue with: checkpoint.resume={path} {changed}".rstrip())
+        return
+    if (source.parent / FILES).is_dir():
+        shutil.copytree(source.parent / FILES, path.parent / FILES)
+    say(f"start a run with: checkpoint.load_weights={path} {changed}".rstrip())
 
 
 def main(argv: list[str]) -> None:

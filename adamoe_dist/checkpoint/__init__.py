@@ -1,7 +1,7 @@
 """Checkpoints that survive any change of ranks: canonical tensors in Megatron-core's distributed format."""
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
-from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
+from adamoe_dist.checkpoint.compatibility import check_compatible, holds_weights_only, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import (
     Retention,
@@ -52,9 +52,11 @@ __all__ = [
     "copy_file",
     "describe_checkpoint",
     "describe_file",
+    "drawn_null_rows",
     "find_checkpoint",
     "find_start",
     "has_checkpoints",
+    "holds_weights_only",
     "is_lora",
     "load_checkpoint",
     "load_weights",

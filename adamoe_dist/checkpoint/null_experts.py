@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adamoe_dist.checkpoint.compatibility import holds_weights_only
 from adamoe_dist.checkpoint.directory import (
     SUBDIRECTORY,
     UNFINISHED,
@@ -49,7 +50,7 @@ from adamoe_dist.checkpoint.manifest import (
 from adamoe_dist.checkpoint.records import Block, TensorEntry
 from adamoe_dist.checkpoint.tensors import moment_key, weight_key
 from adamoe_dist.checkpoint.zero import ADAM_MOMENTS
-from adamoe_dist.config import Config, config_from_dict, resolve
+from adamoe_dist.config import Config, config_from_dict, model_problems, resolve
 from adamoe_dist.errors import UserError
 from adamoe_dist.routing import NullInit, initial_null_rows
 
@@ -143,11 +144,15 @@ def _require_trainable(source: Path, tree: dict[str, Any]) -> None:
     world_size = read_manifest(source)["layout"].get("world_size")
     if type(world_size) is not int or world_size < 1:
         raise UserError(f"{source / MANIFEST} does not say on how many ranks it was saved; {OTHER_CHECKPOINT}")
+    moe = tree["moe"]
+    asked = f"--num-null-experts {moe['num_null_experts']} --top-k {moe['top_k']}"
+    if holds_weights_only(source):  # of no run: the rest of the tree says nothing yet
+        if problems := model_problems(config_from_dict(tree)):
+            raise UserError(f"{asked} do not fit {source}: {'; '.join(problems)}")
+        return
     try:
         resolve(config_from_dict(tree), world_size)
     except UserError as problem:
-        moe = tree["moe"]
-        asked = f"--num-null-experts {moe['num_null_experts']} --top-k {moe['top_k']}"
         raise UserError(f"{asked} do not fit {source}: {problem}") from problem
 
 

@@ -21,12 +21,13 @@ from adamoe_dist.convert.mapping import (
 )
 from adamoe_dist.convert.megatron_model import megatron_model
 from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
-from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
+from adamoe_dist.convert.origin import FILES, Origin, origin_of, origin_of_run
 from adamoe_dist.convert.upcycling import UpcyclePlan, Upcycling, plan_upcycling, upcycle
 from adamoe_dist.convert.verifying import Comparing
 
 __all__ = [
     "FAMILIES",
+    "FILES",
     "VANILLA",
     "Architecture",
     "Comparing",

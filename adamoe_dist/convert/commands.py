@@ -53,7 +53,7 @@ def run_import(options: argparse.Namespace) -> None:
     plan = with_null_experts(original, null_choice(options, options.top_k))
     texts, target = check_texts(options, plan), Path(options.to)
     check_output(target, plan.bytes)
-    for note in plan.source.architecture.notes:
+    for note in plan.notes:
         say(f"note: {note}")
     with progress(plan.bytes, "B", f"import {plan.source.path.name}") as bar:
         path = import_model(plan, target, on_bytes=bar.update)
@@ -96,16 +96,25 @@ def add_export(commands: Any) -> None:
     parser.add_argument(
         "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where no tokenizer says it"
     )
+    parser.add_argument("--license", metavar="ID", help="licence that the model card names, as apache-2.0")
 
 
 def run_export(options: argparse.Namespace) -> None:
     """Do ``export``."""
+    from adamoe_dist.hf import finish_export, write_tokenizer
+
     most = None if options.max_shard_size is None else size_in_bytes(options.max_shard_size)
     plan = plan_export(options.source, options.dtype, most, options.family, options.vocab_size)
     target = Path(options.to)
     check_output(target, plan.bytes)
     with progress(plan.bytes, "B", f"export {plan.checkpoint.name}") as bar:
-        notes = export_model(plan, target, on_bytes=bar.update)
+        notes = export_model(
+            plan,
+            target,
+            write_tokenizer,
+            bar.update,
+            lambda plan, directory: finish_export(plan, directory, target.name, options.license),
+        )
     for note in notes:
         say(f"note: {note}")
     family, files = plan.family, len(plan.shards)

@@ -18,7 +18,8 @@ from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
 from adamoe_dist.convert.outputs import new_directory
 from adamoe_dist.convert.safetensors_files import NAMES, TensorFileWriter, read_json
-from adamoe_dist.convert.tokenizer_files import TOKENIZER_FILES, count_ids, has_tokenizer
+from adamoe_dist.convert.tokenizer_files import has_tokenizer
+from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
 OWN_FAMILY = "adamoe"
@@ -79,7 +80,10 @@ def plan_export(
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
     origin = origin_of(checkpoint) or origin_of_run(config)
-    rows = vocab_size or _vocab_size(config, origin)
+    tokenizer = _run_tokenizer(checkpoint, config)
+    if origin is not None:
+        tokenizer = origin.files if has_tokenizer(origin.files) else None
+    rows = vocab_size or _vocab_size(config, origin, tokenizer)
     chosen = choose_family(config, rows, origin, family)
     is_same = origin is not None and chosen is origin.family and _is_same_model(config, origin)
     weights = list(chosen.weights(config, rows))
@@ -90,14 +94,14 @@ def plan_export(
     _check_tensors(checkpoint, weights, chosen)
     known = origin.tensors if origin is not None and is_same else {}
     types = {
-        weight.name: NAMES[dtype] if dtype else known.get(weight.name, (torch.float32, ""))[0] for weight in weights
+        weight.name: NAMES[dtype] if dtype and not weight.stays_fp32 else known.get(weight.name, (torch.float32, ""))[0]
+        for weight in weights
     }
     content = _config_json(config, chosen, rows, origin if is_same else None, types, dtype)
     is_as_before = known.keys() == types.keys() and max_shard_bytes is None
     shards = _old_shards(weights, types, known) if is_as_before else None
     if shards is None:
         shards = _new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
-    tokenizer = origin.files if origin is not None else _run_tokenizer(config)
     return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer)
 
 
@@ -130,25 +134,25 @@ def _is_same_model(config: Config, origin: Origin) -> bool:
     return meaning(origin.family.read(values).config()) == meaning(config)
 
 
-def _vocab_size(config: Config, origin: Origin | None) -> int:
-    tokenizer = Path(config.data.tokenizer)
+def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     if origin is not None:
         return origin.vocab_size
-    if config.data.tokenizer and tokenizer.is_dir():
-        ids = count_ids(tokenizer)
-        if ids is not None:
-            return ids
+    if tokenizer is not None:
+        return Tokenizer.load(tokenizer).vocab_size
     raise UserError(
         f"data.tokenizer={config.data.tokenizer} of the run is not there, so that the size of its vocabulary is not "
         "known; give --vocab-size"
     )
 
 
-def _run_tokenizer(config: Config) -> Path | None:
-    path = Path(config.data.tokenizer)
-    return path if config.data.tokenizer and path.is_dir() else None
+def _run_tokenizer(checkpoint: Path, config: Config) -> Path | None:
+    """Return where a run's tokenizer is: the copy that the run keeps, or what it was given."""
+    kept, given = checkpoint.parent.parent / "tokenizer", Path(config.data.tokenizer)
+    if kept.is_dir():
+        return kept
+    return given if config.data.tokenizer and given.exists() else None
 
 
 def _check_tensors(checkpoint: Path, weights: list[Weight], family: Family) -> None:
@@ -221,15 +225,20 @@ def _new_shards(
 
 
 def export_model(
-    plan: ExportPlan, target: Path, write_tokenizer: WriteTokenizer | None = None, on_bytes: OnBytes | None = None
+    plan: ExportPlan,
+    target: Path,
+    write_tokenizer: WriteTokenizer | None = None,
+    on_bytes: OnBytes | None = None,
+    finish: Callable[[ExportPlan, Path], None] | None = None,
 ) -> list[str]:
     """Write a Hugging Face directory; it appears as a whole or not at all.
 
     Args:
         plan: from :func:`plan_export`.
         target: a directory that is new or empty.
-        write_tokenizer: used where the run's tokenizer has no files that transformers can load.
+        write_tokenizer: writes the run's tokenizer where the model is not an imported one; None: its files as they are.
         on_bytes: told of every part that was written.
+        finish: writes further files into the directory that holds everything else.
 
     Returns:
         Lines on what is not in it.
@@ -247,6 +256,8 @@ def export_model(
         (unfinished / CONFIG_FILE).write_bytes(plan.config_json)
         for name, file in plan.family.extra_files(plan.config).items():
             copy_file(file, unfinished / name)
+        if finish is not None:
+            finish(plan, unfinished)
     return notes
 
 
@@ -290,16 +301,15 @@ def _write_files(plan: ExportPlan, directory: Path, write_tokenizer: WriteTokeni
     """Give the tokenizer and what else was kept of an imported model along; return lines on what is lacking."""
     if plan.origin is not None:
         for file in sorted(plan.origin.files.iterdir()):
-            is_code = file.suffix == ".py" and plan.family is not plan.origin.family
+            is_other = plan.family is not plan.origin.family
+            is_code = file.suffix == ".py" and (is_other or file.name in plan.family.extra_files(plan.config))
             if file.name != CONFIG_FILE and not is_code:
                 copy_file(file, directory / file.name)
         return [] if has_tokenizer(directory) else ["the imported model had no tokenizer: none is in it"]
     if plan.tokenizer is None:
         return ["the run's tokenizer is not there: none is in it"]
-    if any((plan.tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")) or write_tokenizer is None:
-        for name in sorted(TOKENIZER_FILES):
-            if (plan.tokenizer / name).is_file():
-                copy_file(plan.tokenizer / name, directory / name)
+    if write_tokenizer is not None:
+        write_tokenizer(plan.tokenizer, directory)
         return []
-    write_tokenizer(plan.tokenizer, directory)
+    Tokenizer.load(plan.tokenizer).save(directory)
     return []

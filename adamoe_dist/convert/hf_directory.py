@@ -65,9 +65,11 @@ class HFDirectory:
         if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
             raise UserError(f"{index_file} has no weight_map from tensors to files; fetch it again")
         found: dict[str, Stored] = {}
-        for shard in dict.fromkeys(places.values()):
+        shards = list(dict.fromkeys(places.values()))
+        for shard in shards:
             if Path(shard).name != shard:
                 raise UserError(f"{index_file} names {shard!r}, which is outside the directory; fetch it again")
+        for shard in shards:
             if not (self.path / shard).is_file():
                 raise UserError(f"{self.path / shard} is missing, which {INDEX} names; fetch it")
             for name, stored in read_header(self.path / shard).items():

@@ -17,6 +17,7 @@ from adamoe_dist.convert.origin import FILES, RECORD, record_of
 from adamoe_dist.convert.outputs import new_directory
 from adamoe_dist.convert.safetensors_files import TensorFiles
 from adamoe_dist.convert.tokenizer_files import has_tokenizer
+from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
 RUN_CONFIG = "config.yaml"
@@ -35,6 +36,8 @@ class ImportPlan:
         weights: the tensors to take over.
         additions: canonical tensors that the source does not have, by name, made when their turn comes.
         keeps_origin: the model is the source's own, so that an export gives back its files and types.
+        tokenizer_fingerprint: of the source's tokenizer as a run loads it; None: any may be used with the model.
+        notes: lines on what is not taken over.
     """
 
     source: HFDirectory
@@ -42,6 +45,8 @@ class ImportPlan:
     weights: list[Weight]
     additions: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     keeps_origin: bool = True
+    tokenizer_fingerprint: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -88,19 +93,33 @@ def plan_import(source: Path, vocab_size_multiple: int | None = None) -> ImportP
     if vocab_size_multiple is not None:
         tree["model"]["vocab_size_multiple"] = vocab_size_multiple
     config = config_from_dict(tree)
+    weights = directory.weights(config)
+    fingerprint, notes = tokenizer_of(directory)
+    notes = (*architecture.notes, *notes)
+    return ImportPlan(directory, config, weights, tokenizer_fingerprint=fingerprint, notes=notes)
+
+
+def tokenizer_of(directory: HFDirectory) -> tuple[str | None, tuple[str, ...]]:
+    """Return the fingerprint of a directory's tokenizer as a run loads it, and lines on why there is none.
+
+    Raises:
+        UserError: it has ids for which there is no row of the embedding.
+    """
     directory.check_tokenizer()
-    return ImportPlan(directory, config, directory.weights(config))
+    if not has_tokenizer(directory.path):
+        return None, ("there is no tokenizer: a run may use any that has no more ids than the embedding has rows",)
+    try:
+        return Tokenizer.load(directory.path).fingerprint, ()
+    except UserError as problem:
+        return None, (f"a run cannot use the tokenizer as it is: {problem}",)
 
 
-def import_model(
-    plan: ImportPlan, target: Path, tokenizer_fingerprint: str | None = None, on_bytes: OnBytes | None = None
-) -> Path:
+def import_model(plan: ImportPlan, target: Path, on_bytes: OnBytes | None = None) -> Path:
     """Write a checkpoint; it appears as a whole or not at all.
 
     Args:
         plan: from :func:`plan_import`.
         target: a directory that is new or empty.
-        tokenizer_fingerprint: of the source's tokenizer as a run loads it; None: any may be used with the model.
         on_bytes: told of every part that was written.
 
     Returns:
@@ -115,14 +134,13 @@ def import_model(
             return files.read(plan.source.tensors[weight.name], start, stop)
 
         _check_copies(plan, files)
-        return write_checkpoint(plan, target, read, tokenizer_fingerprint, on_bytes)
+        return write_checkpoint(plan, target, read, on_bytes)
 
 
 def write_checkpoint(
     plan: ImportPlan,
     target: Path,
     read: ReadRows,
-    tokenizer_fingerprint: str | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Path:
     """Write the checkpoint of a plan whose weights' rows come from ``read``; see :func:`import_model`."""
@@ -136,7 +154,7 @@ def write_checkpoint(
                 writer.add(name, tuple(value.shape), (0,) * value.dim(), value)
             tensors = plan.source.tensors if plan.keeps_origin else {}
             record = record_of(plan.source.family, plan.source.architecture.vocab_size, tensors, kept)
-            path = writer.finish(tree, tokenizer_fingerprint, {RECORD: record})
+            path = writer.finish(tree, plan.tokenizer_fingerprint, {RECORD: record})
         tree["checkpoint"]["load_weights"] = str(target.absolute())
         (unfinished / RUN_CONFIG).write_text(config_from_dict(tree).to_yaml(), encoding="utf-8")
     return target / path.name

@@ -1,6 +1,7 @@
 """The Megatron model of a checkpoint in one process, without an engine: for comparing outputs."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from adamoe_dist.config import Config, config_from_dict, resolve
 from adamoe_dist.errors import UserError
 from adamoe_dist.model import LanguageModel, build_model, canonical_buffers, parts_of
 from adamoe_dist.parallel import Launch, destroy_groups, initialize_groups
+
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @contextlib.contextmanager
@@ -32,6 +35,7 @@ def megatron_model(
     config = _alone(config_from_dict(read_config(checkpoint)))
     resolved = resolve(config, 1)
     launch = Launch(0, 0, 1)
+    before = {name: os.environ.pop(name, None) for name in _RENDEZVOUS}
     try:
         initialize_groups(launch, resolved)
         built = build_model(config, resolved, vocab_size, torch.float32, platform.is_cuda())
@@ -41,6 +45,10 @@ def megatron_model(
         yield model
     finally:
         destroy_groups()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _alone(config: Config) -> Config:

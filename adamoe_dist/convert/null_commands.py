@@ -22,9 +22,7 @@ def add_null_options(parser: argparse.ArgumentParser, top_k: str) -> None:
         parser: of the command.
         top_k: what ``--top-k`` says of itself.
     """
-    parser.add_argument(
-        "--num-null-experts", type=int, default=0, metavar="M", help="null experts a layer (default: 0, none)"
-    )
+    parser.add_argument("--num-null-experts", type=int, default=0, metavar="M", help="null experts a layer")
     parser.add_argument("--top-k", type=int, metavar="K", help=top_k)
     parser.add_argument(
         "--null-init",
@@ -127,7 +125,7 @@ def add_upcycle(commands: Any) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="add noise to every expert's matrices, of S times their standard deviation (default: 0)",
+        help="add noise to every expert's matrices, of S times their standard deviation",
     )
     add_null_options(parser, "slots a token (default: 2)")
 
@@ -140,6 +138,8 @@ def run_upcycle(options: argparse.Namespace) -> None:
     plan = upcycling.checkpoint
     texts, target = check_texts(options, plan), Path(options.to)
     check_output(target, plan.bytes)
+    for note in plan.notes:
+        say(f"note: {note}")
     with progress(plan.bytes, "B", f"upcycle {plan.source.path.name}") as bar:
         path = upcycle(upcycling, target, on_bytes=bar.update)
     experts = "whole copies" if upcycling.pieces == 1 else f"pieces of {upcycling.pieces}"

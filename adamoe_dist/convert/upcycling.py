@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adamoe_dist.config import Config, config_from_dict, model_problems
 from adamoe_dist.convert.hf_directory import HFDirectory
-from adamoe_dist.convert.importing import ImportPlan, OnBytes, write_checkpoint
+from adamoe_dist.convert.importing import ImportPlan, OnBytes, tokenizer_of, write_checkpoint
 from adamoe_dist.convert.mapping import Names, Place, Weight, layer_prefix
 from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
 from adamoe_dist.errors import UserError
@@ -107,21 +107,22 @@ def plan_upcycling(source: Path, options: Upcycling, choice: NullChoice | None =
     width = dense.model.ffn_hidden_size or 4 * dense.model.hidden_size
     pieces = _pieces(options, width)
     config = _config(dense, options, width // pieces, choice.num_null)
-    directory.check_tokenizer()
+    fingerprint, notes = tokenizer_of(directory)
     weights = _weights(directory.weights(dense), config, directory.family.names, pieces)
     routers: dict[str, Callable[[], Tensor]] = {
         f"{layer_prefix(layer)}mlp.router.weight": partial(_router_rows, config, options, pieces, layer)
         for layer in range(config.model.num_layers)
     }
-    plan = ImportPlan(directory, config, weights, routers, keeps_origin=False)
+    notes = (*directory.architecture.notes, *notes)
+    plan = ImportPlan(
+        directory, config, weights, routers, keeps_origin=False, tokenizer_fingerprint=fingerprint, notes=notes
+    )
     if choice.num_null and not choice.preserves_output:
         choice = replace(choice, top_k=options.top_k)
     return UpcyclePlan(with_null_experts(plan, choice), options, pieces, choice.preserves_output)
 
 
-def upcycle(
-    plan: UpcyclePlan, target: Path, tokenizer_fingerprint: str | None = None, on_bytes: OnBytes | None = None
-) -> Path:
+def upcycle(plan: UpcyclePlan, target: Path, on_bytes: OnBytes | None = None) -> Path:
     """Write the checkpoint; see :func:`adamoe_dist.convert.import_model`."""
     source = plan.checkpoint.source
     with source.open() as files:
@@ -133,7 +134,7 @@ def upcycle(
             first = 0 if weight.copy.kind == DOWN else weight.copy.piece * weight.shape[0]
             return _expert_matrix(files.read(stored, first + start, first + stop), weight, plan.options)
 
-        return write_checkpoint(plan.checkpoint, target, read, tokenizer_fingerprint, on_bytes)
+        return write_checkpoint(plan.checkpoint, target, read, on_bytes)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ class Comparing:
         """Tell whether transformers has a class of this family."""
         from transformers import CONFIG_MAPPING
 
+        import adamoe_dist.hf  # noqa: F401  registers the class of this project
+
         return self.directory.family.model_type in CONFIG_MAPPING
 
     def compare_logits(self, text: Path | None, tolerance: float) -> tuple[str, int, float, float]:

@@ -104,12 +104,7 @@ def add_tokenizer(directory: Path, ids: int = 90) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *["the", "a", "of", "to", "in", "ship", "area", "circle", "return", "left", "water", "day"],
-    ]
+    words = ["<unk>", "<s>", "</s>", "the", "a", "of", "to", "in", "ship", "area", "circle", "return", "left", "day"]
     words += [f"word{number}" for number in range(ids - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
