@@ -64,25 +64,25 @@ class LinearAdapter(torch.nn.Module):
         return F.linear(inner, self.b) * self.scale
 
 
-def add_adapters(model: LanguageModel, settings: LoraConfig, seed: int) -> None:
-    """Put adapters where ``settings.targets`` says; the model's output stays the same.
+def add_adapters(model: LanguageModel, lora: LoraConfig, seed: int) -> None:
+    """Put adapters where ``lora.targets`` says; the model's output stays the same.
 
     Their initial values depend on the seed, the layer's number and, of experts, on each one's, not on the ranks.
     """
-    assert settings.rank is not None
-    scale = settings.alpha / settings.rank
+    assert lora.rank is not None
+    scale = lora.alpha / lora.rank
     for layer in model.modules():
         if not isinstance(layer, TransformerLayer):
             continue
-        if "attention" in settings.targets:
+        if "attention" in lora.targets:
             for place, name in enumerate(("linear_qkv", "linear_proj")):
                 linear = getattr(layer.self_attention, name)
                 generator = _generator(seed, layer.layer_number, place)
-                linear.lora = LinearAdapter(linear, settings.rank, scale, generator)
+                linear.lora = LinearAdapter(linear, lora.rank, scale, generator)
                 linear.register_forward_hook(_add_adapter)
         experts = getattr(layer.mlp, "experts", None)
-        if "experts" in settings.targets and isinstance(experts, GroupedExperts):
-            experts.lora = AdaptedExperts(experts, settings.rank, scale, seed, layer.layer_number)
+        if "experts" in lora.targets and isinstance(experts, GroupedExperts):
+            experts.lora = AdaptedExperts(experts, lora.rank, scale, seed, layer.layer_number)
 
 
 def is_adapter(name: str) -> bool:

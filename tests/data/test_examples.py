@@ -226,3 +226,29 @@ def test_batches_resume_and_do_not_depend_on_the_cut(tmp_path: Path) -> None:
     other = BatchStream(BlendedSamples([masked_otherwise, sets[1]], [3, 1], seed=1), 8, 8, 0, 1)
     with pytest.raises(UserError, match="is not the checkpoint's data"):
         other.load_state_dict(state)
+
+
+def test_a_hugging_face_template_marks_the_assistants_turns(tmp_path: Path) -> None:
+    """The real classes: marks are special tokens, which a text cannot forge."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from adamoe_dist.data import Tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Fast(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", additional_special_tokens=["<|turn|>"])
+    made.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+    )
+    made.save_pretrained(tmp_path / "hf")
+    tokenizer = Tokenizer.load(tmp_path / "hf")
+    tokens = tokens_of_example(Conversation(CHAT, "f:1"), tokenizer)
+    assert tokenizer.decode(tokens.ids) == (
+        "<|turn|>system:be</s><|turn|>user:a?</s><|turn|>assistant:A</s><|turn|>user:b?</s><|turn|>assistant:B</s>"
+    )
+    learnt_ids = [token for token, target in zip(*tokens, strict=True) if target]
+    assert tokenizer.decode(learnt_ids) == "A</s>B</s>" and learnt_ids.count(tokenizer.eod_id) == 2

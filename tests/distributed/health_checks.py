@@ -19,13 +19,15 @@ class Batches:
         self.consumed_samples = 0
         self.config, self.resolved = config, resolved
 
-    def next_step(self) -> list[torch.Tensor]:
+    def next_step(self) -> list[Any]:
+        from adamoe_dist.data import MicroBatch
         from adamoe_dist.parallel import data_parallel_rank
 
         size = self.config.train.global_batch_size
         tokens = tokens_of(self.consumed_samples // size, size, self.config.model.sequence_length)
         self.consumed_samples += size
-        return list(tokens.split(self.resolved.micro_batch_size)[data_parallel_rank() :: self.resolved.layout.data])
+        parts = tokens.split(self.resolved.micro_batch_size)[data_parallel_rank() :: self.resolved.layout.data]
+        return [MicroBatch(part) for part in parts]
 
     def describe(self, first_sample: int) -> str:
         return f"the samples from {first_sample}"
@@ -33,7 +35,7 @@ class Batches:
 
 def spoil(trainer: Any, kind: str, bad_steps: range) -> list[Any]:
     """Spoil steps on the last rank, or, with ``kind`` left_out, have none of them; return hooks to remove."""
-    from adamoe_dist.training.callback import StepResult
+    from adamoe_dist.training.callback import StepResult, TokenCounts
 
     if kind == "left_out":
         original = trainer._train_step
@@ -43,7 +45,7 @@ def spoil(trainer: Any, kind: str, bad_steps: range) -> list[Any]:
                 return original()
             trainer.batches.next_step()
             trainer.step += 1
-            return StepResult(trainer.step, math.nan, math.nan, 0.0, 0.0, 0)
+            return StepResult(trainer.step, math.nan, math.nan, 0.0, 0.0, 0, TokenCounts(0, 0))
 
         trainer._train_step = without
         return []

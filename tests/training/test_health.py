@@ -12,7 +12,7 @@ import pytest
 
 from adamoe_dist.parallel import TRAINING, Progress
 from adamoe_dist.training import heartbeat
-from adamoe_dist.training.callback import StepResult
+from adamoe_dist.training.callback import StepResult, TokenCounts
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.spikes import FEWEST_LOSSES, SpikeDetector
 
@@ -88,7 +88,7 @@ def test_heartbeat_follows_the_run_and_says_how_it_ended(tmp_path, monkeypatch) 
     assert read()["phase"] == "starting" and read()["lm_loss"] is None
     progress.enter(TRAINING)
     progress.step = 7
-    beat.after_step(trainer, StepResult(7, math.nan, math.inf, 0.1, 0.25, 0))  # type: ignore[arg-type]
+    beat.after_step(trainer, StepResult(7, math.nan, math.inf, 0.1, 0.25, 0, TokenCounts(0, 0)))  # type: ignore[arg-type]
     deadline = time.monotonic() + 20
     while read()["step"] != 7 and time.monotonic() < deadline:
         time.sleep(0.01)
