@@ -121,6 +121,51 @@ def test_own_text_commands(checkout) -> None:
     assert "step 2/2" in done.stdout
 
 
+def test_commands_from_and_to_hugging_face(checkout) -> None:
+    """A run goes out and is used; a model comes in, gets null experts and is fine-tuned."""
+    if not (checkout / "runs" / "full" / "checkpoints").exists():
+        run(with_port(only("configs/quickstart.yaml run.name=full")), checkout)
+    assert "AdaMoEForCausalLM" in run(only(covered("export --from runs/full")), checkout, small=False).stdout
+    assert "def main" in run(only(covered("tools/generate.py")), checkout, small=False).stdout
+    assert "bits a byte" in run(only(covered("tools/evaluate.py")), checkout, small=False).stdout
+    write_mixtral(checkout / "my_model", (checkout / "README.md").read_text())
+    (checkout / "examples.jsonl").write_text('{"prompt": "Say yes.", "completion": " yes"}\n' * 40)
+    run(only(covered("--to imported")), checkout, small=False)
+    assert "ok" in run(only(covered("verify --hf")), checkout, small=False).stdout
+    run(only(covered("--to with_null_experts")), checkout, small=False)
+    done = run(with_port(only(covered("launch/finetune.py"))) + " model.sequence_length=32", checkout, small=False)
+    assert "step 4/4" in done.stdout
+
+
+def write_mixtral(directory: Path, text: str) -> None:
+    """A tiny Mixtral with random weights and a tokenizer of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    config = MixtralConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=128,
+        sliding_window=None,
+    )
+    MixtralForCausalLM(config).save_pretrained(directory)
+    whole.save_pretrained(directory)
+
+
 def test_tensorboard_command_serves_the_run(checkout) -> None:
     command = only(covered("tensorboard.main")) + f" --port {free_port()}"
     process = subprocess.Popen(
