@@ -134,7 +134,7 @@ def test_commands_from_and_to_hugging_face(checkout) -> None:
     assert "ok" in run(only(covered("verify --hf")), checkout, small=False).stdout
     run(only(covered("--to with_null_experts")), checkout, small=False)
     done = run(with_port(only(covered("launch/finetune.py"))) + " model.sequence_length=32", checkout, small=False)
-    assert "step 4/4" in done.stdout
+    assert "saved runs/tuned/checkpoints" in done.stdout
 
 
 def write_mixtral(directory: Path, text: str) -> None:
