@@ -78,6 +78,7 @@ def test_out_and_back_gives_every_tensor_to_the_bit(made):
         assert (root / "hf" / name).read_bytes() == (root / "hf2" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("made", ["all"], indirect=True)
 def test_the_class_gives_the_logits_of_training_where_this_project_is_not_installed(made, tmp_path):
     root, _, megatron, _ = made
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -133,6 +134,7 @@ def test_a_bf16_export_in_shards_keeps_the_selection_bias(tmp_path):
     assert model.dtype == torch.bfloat16 and torch.equal(model.state_dict()[bias], stored[bias])
 
 
+@pytest.mark.parametrize("made", ["all", "tied"], indirect=True)
 def test_devices_can_be_mapped(made, tmp_path):
     from transformers import AutoModelForCausalLM
 
