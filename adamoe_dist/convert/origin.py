@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import CheckpointError, checkpoint_at, describe_file, read_manifest, verify_files
+from adamoe_dist.checkpoint import CheckpointError, checkpoint_at, describe_file, read_config, read_manifest, verify_files
 from adamoe_dist.config import Config
 from adamoe_dist.convert.families import FAMILIES
 from adamoe_dist.convert.family import Family
@@ -66,11 +66,17 @@ def origin_of(checkpoint: Path) -> Origin | None:
         return None
     verify_files(checkpoint, [RECORD])
     record = read_json(checkpoint / RECORD)
-    directory = checkpoint.parent / FILES
+    directory = _directory(checkpoint)
     for name, entry in record["files"].items():
         _require_kept(directory / name, entry)
     tensors = {name: (DTYPES[code], file) for name, (code, file) in record["tensors"].items()}
     return Origin(FAMILIES[record["family"]], int(record["vocab_size"]), directory, tensors)
+
+
+def _directory(checkpoint: Path) -> Path:
+    """Return where the kept files are: beside the checkpoint, or for a changed copy of it beside the first one."""
+    beside, named = checkpoint.parent / FILES, Path(read_config(checkpoint)["data"]["tokenizer"])
+    return named if not beside.is_dir() and named.name == FILES and named.is_dir() else beside
 
 
 def _require_kept(file: Path, entry: dict[str, Any]) -> None:

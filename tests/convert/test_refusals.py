@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adamoe_dist.checkpoint import check_compatible, read_config, verify_files
+from adamoe_dist.checkpoint import check_compatible, plan_null_experts, read_config, set_null_experts, verify_files
 from adamoe_dist.convert import Comparing, HFConfig, export_model, family_of, import_model, plan_export, plan_import
 from adamoe_dist.convert.commands import describe_hf_directory, size_in_bytes
 from adamoe_dist.convert.outputs import check_output
@@ -308,6 +308,15 @@ def test_it_cannot_be_resumed_but_started_from(source: Path, tmp_path: Path) -> 
         check_compatible(checkpoint, config.to_dict(), fingerprint)
     with pytest.raises(UserError, match="fingerprint"):
         check_compatible(checkpoint, config.to_dict(), "another", weights_only=True)
+
+
+def test_a_copy_with_null_experts_still_has_its_origin(source: Path, tmp_path: Path) -> None:
+    checkpoint = import_model(plan_import(source), tmp_path / "out")
+    copy = set_null_experts(checkpoint, tmp_path / "adaptive", plan_null_experts(checkpoint, 4, 3))
+    plan = plan_export(str(copy))
+    assert plan.family.model_type == "adamoe" and plan.origin is not None
+    export_model(plan, tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
 def test_changed_files_and_weights_are_found(source: Path, tmp_path: Path) -> None:
