@@ -104,7 +104,9 @@ def _ranking(logits_TA: Tensor, normalize: str, score_function: str, bias_E: Ten
         ranking_TA = torch.softmax(logits_TA, dim=1)
     else:  # a rounded fp64 sigmoid does not depend on the element's place in memory, the CPU's fp32 one does
         ranking_TA = torch.sigmoid(logits_TA.double()).to(logits_TA.dtype)
-    return ranking_TA + F.pad(bias_E.to(ranking_TA.dtype), (0, ranking_TA.shape[1] - bias_E.shape[0]))
+    bias_E = bias_E.to(ranking_TA.dtype)
+    bias_A = F.pad(bias_E, (0, ranking_TA.shape[1] - bias_E.shape[0]))
+    return ranking_TA + (bias_A - bias_E.max())  # less the largest, an equal bias rounds no true expert's score
 
 
 def _weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: str, score_function: str) -> Tensor:
