@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import CheckpointError, checkpoint_at, describe_file, read_config, read_manifest, verify_files
+from adamoe_dist.checkpoint import (
+    CheckpointError,
+    checkpoint_at,
+    describe_file,
+    read_config,
+    read_manifest,
+    verify_files,
+)
 from adamoe_dist.config import Config
 from adamoe_dist.convert.families import FAMILIES
 from adamoe_dist.convert.family import Family
