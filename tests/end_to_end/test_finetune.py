@@ -2,13 +2,16 @@
 
 import json
 import pydoc_data.topics
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.end_to_end.conftest import REPOSITORY, deepspeed, metrics_of, one_process, run_command, torchrun
+from adamoe_dist.training import finetune, pretrain
+from tests.end_to_end.conftest import REPOSITORY, Finished, deepspeed, metrics_of, one_process, run_command, torchrun
 
 pytestmark = pytest.mark.end_to_end
 
@@ -36,12 +39,6 @@ def run(command: list[str], workspace: Path) -> str:
     done = run_command(command, workspace)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
-
-
-def refused(workspace: Path, *arguments: str) -> str:
-    done = run_command(fine_tuning(one_process(*COMMON, *arguments)), workspace)
-    assert done.returncode == 2 and len(done.errors) == 1, done.stderr
-    return done.errors[0]
 
 
 @pytest.fixture(scope="module")
@@ -97,28 +94,47 @@ def test_a_broken_run_continues_bit_for_bit_with_the_same_command(started: Path,
     assert metrics_of(run_dir)[5:] == metrics_of(unbroken)[5:]
 
 
-def test_dry_run_and_print_config_know_the_length(started: Path) -> None:
-    assert f"in {STEPS} steps" in run(fine_tuning(one_process(*COMMON, "--dry-run")), started)
-    text = run(fine_tuning(one_process(*COMMON, "--print-config")), started)
-    (started / "printed.yaml").write_text(text)
-    assert yaml.safe_load(text)["train"]["steps"] == STEPS
-    again = fine_tuning(one_process("--config", "printed.yaml", "--print-config"))
-    assert run(again, started) == text
+@pytest.fixture
+def here(started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """The command in this process, which is to train nothing."""
+    monkeypatch.chdir(started)
+
+    def call(*arguments: str, command: Callable[..., int] = finetune) -> Finished:
+        capsys.readouterr()
+        code = command(list(arguments), REPOSITORY / "configs" / "finetune.yaml")
+        return Finished(code, *capsys.readouterr())
+
+    return call
 
 
-def test_refusals(started: Path) -> None:
-    assert "checkpoint.load_weights is not set" in refused(started, "checkpoint.load_weights=null")
-    message = refused(started, "train.steps=7")
+def test_dry_run_and_print_config_know_the_length(started: Path, here: Callable[..., Finished]) -> None:
+    assert f"in {STEPS} steps" in here(*COMMON, "--dry-run").stdout
+    packed = here(*COMMON, "finetune.packing=true", "--dry-run").stdout
+    assert " steps" in packed and f"in {STEPS} steps" not in packed
+    printed = here(*COMMON, "--print-config").stdout
+    assert yaml.safe_load(printed)["train"]["steps"] == STEPS
+    (started / "printed.yaml").write_text(printed)
+    assert here("--config", "printed.yaml", "--print-config").stdout == printed
+
+
+def test_refusals(started: Path, here: Callable[..., Finished]) -> None:
+    def refused(*arguments: str, **more: Any) -> str:
+        done = here(*COMMON, *arguments, "--dry-run", **more)
+        assert done.returncode == 2 and len(done.errors) == 1, done.stderr
+        return done.errors[0]
+
+    assert "checkpoint.load_weights is not set" in refused("checkpoint.load_weights=null")
+    nothing = refused("checkpoint.load_weights=null", "checkpoint.resume=auto", "run.dir=runs/none")
+    assert "finds nothing to continue in runs/none" in nothing
+    message = refused("train.steps=7")
     assert "train.steps=7 and finetune.epochs=2 contradict each other" in message and f"{STEPS} steps" in message
-    assert "moe.top_k is 3 there, 2 here" in refused(started, "moe.top_k=2")
-    assert "train.jsonl:1" in refused(started, "model.sequence_length=8", "finetune.too_long=refuse")
-    assert "data.prepare.input=['x'] is for pre-training" in refused(started, "data.prepare.input=[x]")
-    done = run_command(one_process("--config", "small.yaml", "finetune.packing=true"), started)
-    assert done.returncode == 2
-    assert "finetune.packing is set, and launch/pretrain.py does not read it" in done.errors[0]
-
-
-def test_shipped_configuration_is_the_default(started: Path) -> None:
-    assert (REPOSITORY / "configs" / "finetune.yaml").is_file()
-    packed = run(fine_tuning(one_process(*COMMON, "finetune.packing=true", "--dry-run")), started)
-    assert f"in {STEPS} steps" not in packed
+    assert "train.jsonl:1" in refused("model.sequence_length=8", "finetune.too_long=refuse")
+    assert "data.prepare.input=['x'] is for pre-training" in refused("data.prepare.input=[x]")
+    topk = ["moe.router.type=topk", "moe.num_null_experts=0", "moe.router.balance.type=switch"]
+    assert "moe.router.type=topk is Megatron's own router" in refused(*topk)
+    assert "finetune.lora.targets names 'expert'; did you mean experts?" in refused("finetune.lora.targets=[expert]")
+    assert "finetune.packing is set, and launch/pretrain.py does not read it" in refused(
+        "finetune.epochs=null", "finetune.anneal_epochs=null", "finetune.packing=true", command=pretrain
+    )
+    done = run_command(fine_tuning(one_process(*COMMON, "moe.top_k=2", "run.dir=runs/other_k")), started)
+    assert done.returncode == 2 and "moe.top_k is 3 there, 2 here" in done.errors[0]
