@@ -22,6 +22,7 @@ from adamoe_dist.checkpoint.manifest import (
     read_state,
     verify_files,
 )
+from adamoe_dist.checkpoint.merged import MergedReader
 from adamoe_dist.checkpoint.null_experts import (
     bytes_to_copy,
     changed_keys,
@@ -38,6 +39,7 @@ from adamoe_dist.checkpoint.weights_writer import WeightsWriter
 __all__ = [
     "CheckpointError",
     "CheckpointSaver",
+    "MergedReader",
     "RegionReader",
     "Retention",
     "SaveTimes",

@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class RegionReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def __enter__(self) -> "RegionReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +55,10 @@ class RegionReader:
         Raises:
             UserError: a file does not hold what the index says.
         """
-        entry = self.index[key]
+        return self.read_block(self.index[key], offsets, sizes)
+
+    def read_block(self, entry: TensorEntry, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Return the block of ``sizes`` at ``offsets`` of a tensor of the index."""
         out = torch.empty(sizes, dtype=entry.dtype)
         for block in entry.blocks:
             first = [max(a, b) for a, b in zip(offsets, block.offsets, strict=True)]

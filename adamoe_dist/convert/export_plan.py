@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import RegionReader, checkpoint_at, read_config
+from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config
 from adamoe_dist.config import Config, config_from_dict
 from adamoe_dist.convert.families import FAMILIES, VANILLA
 from adamoe_dist.convert.family import Family, meaning
@@ -156,7 +156,7 @@ def _run_tokenizer(checkpoint: Path, config: Config) -> Path | None:
 
 def _check_tensors(checkpoint: Path, weights: list[Weight], family: Family) -> None:
     """Check that the checkpoint has the tensors that the family needs, and no others."""
-    with RegionReader(checkpoint) as reader:
+    with MergedReader(checkpoint) as reader:
         present = {key.removeprefix("model."): e.shape for key, e in reader.index.items() if key.startswith("model.")}
     wanted = {weight.tensor: weight.whole for weight in weights}
     for name, shape in wanted.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adamoe_dist.checkpoint import RegionReader, copy_file
+from adamoe_dist.checkpoint import MergedReader, copy_file
 from adamoe_dist.convert.export_plan import ExportPlan
 from adamoe_dist.convert.hf_directory import CONFIG_FILE, INDEX, SINGLE
 from adamoe_dist.convert.mapping import Weight
@@ -45,7 +45,7 @@ def export_model(
         UserError: the target is in use or has no room, or the checkpoint is damaged.
     """
     with new_directory(target, plan.bytes) as unfinished:
-        with RegionReader(plan.checkpoint) as reader:
+        with MergedReader(plan.checkpoint) as reader:
             for name, tensors in plan.shards.items():
                 _write_shard(unfinished / name, tensors, reader, on_bytes)
         if SINGLE not in plan.shards:
@@ -60,7 +60,7 @@ def export_model(
 
 
 def _write_shard(
-    path: Path, tensors: list[tuple[Weight, torch.dtype]], reader: RegionReader, on_bytes: OnBytes | None
+    path: Path, tensors: list[tuple[Weight, torch.dtype]], reader: MergedReader, on_bytes: OnBytes | None
 ) -> None:
     writer = TensorFileWriter(path, {weight.name: (dtype, weight.shape) for weight, dtype in tensors})
     try:
@@ -74,7 +74,7 @@ def _write_shard(
         writer.close()
 
 
-def read_weight(reader: RegionReader, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+def read_weight(reader: MergedReader, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return one tensor of a Hugging Face model from a checkpoint, in its shape there."""
     if weight.is_copy:
         return reader.read(f"model.{weight.tensor}", (0,) * len(weight.shape), weight.shape).to(dtype)

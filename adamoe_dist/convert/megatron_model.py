@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import RegionReader, read_config, verify_files
+from adamoe_dist.checkpoint import MergedReader, read_config, verify_files
 from adamoe_dist.config import Config, config_from_dict, resolve
 from adamoe_dist.errors import UserError
 from adamoe_dist.model import LanguageModel, build_model, canonical_buffers, parts_of
@@ -65,7 +65,7 @@ def _alone(config: Config) -> Config:
 
 @torch.no_grad()
 def _fill(model: LanguageModel, checkpoint: Path, rounded: Mapping[str, torch.dtype]) -> None:
-    with RegionReader(checkpoint) as reader:
+    with MergedReader(checkpoint) as reader:
         own = {name: part.parameter for name, part in parts_of(model).items()} | canonical_buffers(model)
         for name, tensor in own.items():
             key = f"model.{name}"

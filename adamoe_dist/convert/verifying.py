@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import RegionReader, checkpoint_at, read_config
+from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config
 from adamoe_dist.config import config_from_dict
 from adamoe_dist.convert.exporting import OnBytes, read_weight
 from adamoe_dist.convert.family import meaning
@@ -62,7 +62,7 @@ class Comparing:
             UserError: naming the tensor with the largest difference, and it.
         """
         worst, where, number = 0.0, "", 0
-        with self.directory.open() as files, RegionReader(self.checkpoint) as reader:
+        with self.directory.open() as files, MergedReader(self.checkpoint) as reader:
             for weight in self.weights:
                 stored = self.directory.tensors[weight.name]
                 theirs = files.read(stored)

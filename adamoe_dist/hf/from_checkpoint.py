@@ -14,7 +14,7 @@ from adamoe_dist.hf.configuration_adamoe import AdaMoEConfig
 from adamoe_dist.hf.modeling_adamoe import AdaMoEForCausalLM
 
 if TYPE_CHECKING:
-    from adamoe_dist.checkpoint import RegionReader
+    from adamoe_dist.checkpoint import MergedReader
     from adamoe_dist.convert import Weight
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -41,12 +41,12 @@ def model_from_checkpoint(
         UserError: there is no complete checkpoint, or it cannot be read.
     """
     platform.prepare()
-    from adamoe_dist.checkpoint import RegionReader, checkpoint_at, read_config
+    from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config
     from adamoe_dist.convert import read_weight
 
     source = checkpoint_at(str(path), "checkpoint")
     config = config_from_dict(read_config(source))
-    with RegionReader(source) as reader:
+    with MergedReader(source) as reader:
         if EMBEDDING not in reader.index:
             raise UserError(f"{source} has no tensor {EMBEDDING}; choose another checkpoint")
         rows = reader.index[EMBEDDING].shape[0]
@@ -84,7 +84,7 @@ def empty_model(config: Config, vocab_size: int, dtype: torch.dtype) -> AdaMoEFo
     return model.to(dtype)
 
 
-def _refuse_others(source: Path, reader: "RegionReader", weights: "list[Weight]") -> None:
+def _refuse_others(source: Path, reader: "MergedReader", weights: "list[Weight]") -> None:
     """Refuse a checkpoint that lacks a tensor or has one that its model has not."""
     present = {key for key in reader.index if key.startswith(PREFIX)}
     wanted = {PREFIX + weight.tensor: weight.whole for weight in weights}
