@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from adamoe_dist.data import MicroBatch
 from tests.distributed.cases import merged
 
 
@@ -40,7 +41,7 @@ def loss_in_layout(checkpoint: Path, changes: dict[str, Any], tokens: torch.Tens
         schedule = Schedule(engine, model, torch.float32, torch.device("cpu"))
         total = torch.zeros(2)
         for sample in tokens:
-            losses = schedule.losses(sample[None])
+            losses = schedule.losses(MicroBatch(sample[None]))
             if losses is not None:
                 total += torch.tensor([float(losses.sum()), losses.numel()])
         dist.all_reduce(total)
