@@ -49,7 +49,8 @@ def test_the_run_opens_in_transformers_and_gives_its_validation_loss(run, monkey
     assert tokenizer.eos_token_id == 1 and not model.training
     dataset = TokenDataset("bpe_corpus_validation", 32, 0, shuffle=False)
     total = samples = 0.0
-    for tokens, weights in validation_batches(dataset, 4, 0, 1, 64):
+    for batch, weights in validation_batches(dataset, 4, 0, 1, 64):
+        tokens = batch.tokens
         with torch.no_grad():
             logits = model(tokens[:, :-1]).logits
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
