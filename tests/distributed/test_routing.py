@@ -143,8 +143,10 @@ class Samples:
 
     consumed_samples = 8
 
-    def next_step(self) -> list[torch.Tensor]:
-        return [torch.zeros(1, 33, dtype=torch.long) for _ in range(4)]
+    def next_step(self) -> list[Any]:
+        from adamoe_dist.data import MicroBatch
+
+        return [MicroBatch(torch.zeros(1, 33, dtype=torch.long)) for _ in range(4)]
 
     def describe(self, first_sample: int) -> str:
         return f"samples {first_sample} to {first_sample + 7} of the data order"
