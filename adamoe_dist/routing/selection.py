@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Normalize = Literal["true_experts", "all_selected", "none"]
+Normalize = Literal["true_experts", "all_selected", "all_true", "none"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 
 NO_SCORE = 1e-20
@@ -81,14 +81,16 @@ def select(
       to 0 for a token that chose zero experts only. With zero experts only, the task loss then gives null
       logits a gradient of exactly zero, and true logits one only where a token has at least two true experts.
     * `all_selected`: softmax over all k selected logits, of which those of zero experts are then dropped.
+    * `all_true`: softmax over the n true logits, selected or not. A null expert takes no share of the weights, so
+      that null experts added to a model of plain scores change no weight; for zero experts and softmax only.
     * `none`: softmax over all n + m logits, not renormalised.
 
     With `score_function="sigmoid"` the first two divide the selected sigmoid scores by their sum, and `none`
     takes the scores as they are.
 
     Without null experts and without ties, `true_experts` (and `all_selected`) equals Megatron's softmax after
-    top-k, and its sigmoid for k > 1, and `none` its softmax before top-k, bit for bit, in value and in gradient.
-    (At k = 1 Megatron leaves a sigmoid score as it is: `none`.)
+    top-k, and its sigmoid for k > 1, and `none` (and `all_true`) its softmax before top-k, bit for bit, in value
+    and in gradient. (At k = 1 Megatron leaves a sigmoid score as it is: `none`.)
 
     Args:
         logits_TA: Router logits (T, A) in fp32 or fp64, the `num_true` true experts first. NaN and infinity pass
@@ -110,12 +112,16 @@ def select(
     assert logits_TA.dtype in (torch.float32, torch.float64), f"router logits in {logits_TA.dtype}"
     assert num_true <= experts, f"{num_true} true experts of {experts}"
     assert num_with_output <= experts - num_true, f"{num_with_output} of {experts - num_true} null experts"
+    if normalize == "all_true":
+        assert score_function == "softmax" and num_with_output == 0, (score_function, num_with_output)
     if padding_mask_T is not None:
         logits_TA = logits_TA.masked_fill(padding_mask_T.unsqueeze(1), 0.0)
     # Where softmax rounds two logits to one probability, their order is that of Megatron's pre-softmax path.
-    is_plain_softmax = normalize == "none" and score_function == "softmax"
-    scores_TA = torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
-    ranking_TA = scores_TA if bias_E is None else biased_scores(logits_TA, score_function, bias_E)
+    is_plain_softmax = normalize in ("none", "all_true") and score_function == "softmax"
+    ranking_TA = scores_TA = torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
+    if normalize == "all_true" and num_true < experts:
+        scores_TA = F.pad(torch.softmax(logits_TA[:, :num_true], dim=1), (0, experts - num_true))
+    ranking_TA = ranking_TA if bias_E is None else biased_scores(logits_TA, score_function, bias_E)
     top_indices_TK = ranked_top_k(ranking_TA, top_k)
     first_with_output = experts - num_with_output
     dropped_TK = (top_indices_TK >= num_true) & (top_indices_TK < first_with_output)
@@ -165,7 +171,11 @@ def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
 
 @torch.no_grad()
 def biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tensor) -> Tensor:
-    """What `select` chooses by where there is a bias (T, A): scores, the true experts' plus bias.
+    """What `select` chooses by where there is a bias (T, A): scores, the true experts' plus bias, all less the largest.
+
+    Less the largest bias, a bias that is the same for all leaves the true experts' scores as they are, to the bit, and
+    so their order: 1 for all shuts every zero expert out of a model that has none and changes nothing else. Ties go to
+    the lower column, and no score of a null expert, at most 1, less 1 is above a true one's.
 
     The CPU's fp32 sigmoid rounds an element by its place in memory, hence by the batch; rounding an fp64 one does
     not.
@@ -174,7 +184,9 @@ def biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tens
         scores_TA = torch.softmax(logits_TA, dim=1)
     else:
         scores_TA = torch.sigmoid(logits_TA.double()).to(logits_TA.dtype)
-    return scores_TA + F.pad(bias_E.to(scores_TA.dtype), (0, scores_TA.shape[1] - bias_E.shape[0]))
+    bias_E = bias_E.to(scores_TA.dtype)
+    bias_A = F.pad(bias_E, (0, scores_TA.shape[1] - bias_E.shape[0]))
+    return scores_TA + (bias_A - bias_E.max())
 
 
 def _softmax_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:
