@@ -41,7 +41,7 @@ def describe_run(
         f"parameters: {parameters.total:,} total, {parameters.active(load):,} active a token at that load "
         f"(vocabulary {padded_vocab_size})",
         f"training state a rank{of_stage}: {memory.total / 2**30:.3f} GiB = weights {memory.weights / 2**30:.3f} + "
-        f"gradients {memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f} "
+        f"gradients {memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f}"
         + (f"; in CPU memory {memory.host / 2**30:.3f} GiB" if memory.host else ""),
         f"at the peak of a step about {peak.total / 2**30:.3f} GiB, activations {peak.activations / 2**30:.3f} of it "
         f"(recompute {config.train.recompute}; the driver's own memory not counted)",

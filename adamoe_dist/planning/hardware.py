@@ -75,8 +75,11 @@ def _assumed(default: float, doc: str, cpu: float | None = None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """All that a prediction takes for granted. The defaults for GPUs are guesses that no measurement here supports;
-    those for CPU ranks are from runs on CPU ranks (docs/planning.md)."""
+    """All that a prediction takes for granted.
+
+    The defaults for GPUs are guesses that no measurement here supports; those for CPU ranks are from runs on CPU ranks
+    (docs/planning.md).
+    """
 
     matmul_efficiency: float = _assumed(0.55, "part of peak that dense matrix products reach", cpu=0.6)
     attention_efficiency: float = _assumed(0.40, "part of peak that the attention core reaches", cpu=0.3)
@@ -92,6 +95,9 @@ class Assumptions:
     intra_efficiency: float = _assumed(0.75, "part of the rate within a node that collectives reach")
     inter_efficiency: float = _assumed(0.8, "part of the rate between nodes that collectives reach", cpu=0.57)
     latency_us: float = _assumed(20.0, "start of one collective, microseconds", cpu=300.0)
+    overlap: float = _assumed(
+        0.5, "part of the computing time behind which ZeRO's exchanges can hide, where they are overlapped"
+    )
     host_gb_s: float = _assumed(25.0, "rate to CPU memory for an offloaded optimizer, a rank, GB/s")
     host_update_gb_s: float = _assumed(15.0, "rate at which the CPU updates an offloaded state, a rank, GB/s", cpu=5.0)
     memory_overhead_gib: float = _assumed(

@@ -123,7 +123,7 @@ def peak_memory(
 
 
 def _stage_memory(config: Config, resolved: Resolved, parameters: RankParameters, precision: str) -> RankMemory:
-    stage, layout = config.zero.stage, resolved.layout
+    stage = config.zero.stage
     local = parameters.dense + parameters.expert
     shard = _shard(parameters, resolved)
     weight_bytes = 4 if precision == "fp32" else 2

@@ -39,7 +39,7 @@ def load_distribution(
     low, high = max(0, slots - null_experts), min(slots, experts)
     if not low <= load <= high:
         raise UserError(
-            f"--load {load:g}: with moe.num_experts={experts}, moe.num_null_experts={null_experts} and moe.top_k={slots} "
+            f"--load {load:g}: with moe.num_experts={experts}, moe.num_null_experts={null_experts}, moe.top_k={slots} "
             f"a token uses {low} to {high} true experts; give a load in that range"
         )
     if all_null_share is None:

@@ -22,7 +22,7 @@ from adamoe_dist.planning.traffic import (
 
 HIDDEN = (
     "the shared expert with the rows on their way there (moe.dispatcher.overlap_shared_expert)",
-    "stage 3's gathers, and reductions with zero_optimization.overlap_comm, with computing",
+    "stage 3's collectives, and in stage 2 reductions with zero.deepspeed's overlap_comm, with computing (overlap)",
     "nothing else",
 )
 """What this project overlaps, and so what the prediction does."""
@@ -159,7 +159,7 @@ def _micro_batch(setting: Setting, stage: int, zero: ZeroTime) -> _MicroBatch:
     tensor = moe * tensor_time(config, setting.resolved, links, groups, size, has_shared)
     tensor += others * tensor_time(config, setting.resolved, links, groups, size, True)
     context = (moe + others) * context_time(config, setting.resolved, links, groups, size)
-    reduced, covered = _exposed_zero(config, zero, dense + experts)
+    reduced, covered = _exposed_zero(config, zero, setting.assumptions.overlap * (dense + experts))
     return _MicroBatch(
         dense=dense,
         experts=experts,
@@ -223,12 +223,12 @@ def _exposed_dispatch(setting: Setting, sent: DispatchTime, flops: LayerFlops) -
     return total - hidden, hidden
 
 
-def _exposed_zero(config: Config, zero: ZeroTime, computing: float) -> tuple[float, float]:
-    """Return what ZeRO adds to a micro-batch, and what is hidden behind its computing."""
+def _exposed_zero(config: Config, zero: ZeroTime, cover: float) -> tuple[float, float]:
+    """Return what ZeRO adds to a micro-batch, and what is hidden, of ``cover`` seconds of computing at most."""
     raw = config.zero.deepspeed.get("zero_optimization", {})
     overlaps = raw.get("overlap_comm", config.zero.stage == 3)
     total = zero.per_micro_batch + zero.gathers
-    hidden = min(total, computing) if overlaps else 0.0
+    hidden = min(total, cover) if overlaps else 0.0
     return total - hidden, hidden
 
 
