@@ -6,7 +6,8 @@ and g the widths of all queries and of all keys, b bytes of the compute precisio
 - A norm computes in fp32 and keeps its input; on CPU, where torch composes it, also the normalised input. Its output
   is kept by the product that reads it, in the compute precision; the router keeps one in fp32 (the same tensor if the
   model computes in fp32).
-- Attention keeps queries, keys and values before and after the rotary positions (values once), and its output.
+- Attention keeps queries, keys and values before and after the rotary positions (values once), and its output. Norms
+  of queries and keys keep what other norms do; grouped queries are copied for them.
 - True experts keep each row, 2F of the first product and, but for the kernel on CPU, 3F of the activation; indices.
 - A dense feed-forward or a shared expert keeps 5F.
 - The output layer keeps the scores in fp32.
@@ -44,7 +45,9 @@ def kept_per_token(
     attention = size * (3.0 * queries + 3 * keys) + 2 * norm
     attention += size * width + 16.0 * model.head_width / resolved.micro_batch_size
     if model.qk_norm != "none":
-        attention += (2 if is_cpu else 1) * 4.0 * (queries + keys)
+        attention += ((size == 2) + is_cpu) * 4.0 * (queries + keys) + (
+            4.0 * queries if keys < queries and size == 4 else 0.0
+        )
     recompute = config.train.recompute
     ffn = 5.0 * size * (model.ffn_hidden_size or 4 * width)
     dense = attention + size * width + ffn

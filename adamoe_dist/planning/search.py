@@ -109,7 +109,7 @@ def search(
         try:
             resolved = resolve(_with(candidate, micro=1, stage=1), cluster.world_size)
         except UserError as refusal:
-            refused[str(refusal)] += 1
+            refused[_first_problem(str(refusal))] += 1
             continue
         share = config.train.global_batch_size // resolved.layout.data
         for micro in _MICRO_BATCHES[: 3 if narrow else None]:
@@ -124,6 +124,11 @@ def search(
                     smallest = plan
     fitting.sort(key=lambda plan: (-plan.tokens_per_second, plan.memory_gib))
     return Found(fitting=fitting, smallest=smallest, planned=planned, refused=refused)
+
+
+def _first_problem(refusal: str) -> str:
+    """Return the first problem of a refusal, without the way out."""
+    return refusal.partition("(1) ")[2].partition("; ")[0] or refusal.partition("; ")[0]
 
 
 def count_layouts(config: Config, cluster: Cluster) -> int:
