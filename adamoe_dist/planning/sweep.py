@@ -1,7 +1,7 @@
 """A configuration from one machine to thousands: null experts against top-k at the same load, on paper."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,21 @@ def sweep(
     vocab_size: int,
     load: Load,
     advance: Callable[[int], Any] = lambda count: None,
+    counts: Sequence[int] = (),
 ) -> Iterator[Point]:
     """Yield the best plan of each model on each number of machines.
 
     The batch grows with the ranks (as many samples a rank as the configuration has on ``cluster``, at least one). The
     models are AdaMoE at its load, at the whole load nearest to it, and Megatron's top-k at that load.
+
+    Args:
+        config: the tree; its tensor, pipeline and expert degrees, recomputation and micro-batch are replaced.
+        cluster: the machines; their number only says how many samples a rank has.
+        assumptions: what is taken for granted.
+        vocab_size: ids of the tokenizer.
+        load: of a token.
+        advance: told after each model how many are done since the last call.
+        counts: numbers of machines; none: :func:`nodes_of`.
     """
     top_k = equal_load(config, load)
     samples = max(1, config.train.global_batch_size // cluster.world_size)
@@ -71,7 +81,7 @@ def sweep(
     if load.true_experts_per_token != top_k and is_possible:
         models.append((f"AdaMoE, load {top_k}", config, at_load))
     models.append((f"Megatron top-{top_k}", baseline(config, top_k), at_load))
-    for nodes in nodes_of(cluster):
+    for nodes in counts or nodes_of(cluster):
         machines = dataclasses.replace(cluster, nodes=nodes)
         for name, model, of_token in models:
             batch: Any = {"global_batch_size": samples * machines.world_size}
