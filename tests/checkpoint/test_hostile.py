@@ -67,7 +67,7 @@ def test_nothing_is_run(tmp_path: Path, tool: ModuleType, name: str, kind: str) 
         METADATA: {"index", "tensor", "describe", "inspect", "convert", "tool"},
         "__0_0.distcp": {"tensor", "convert", "tool"},
         CONFIG: {"config", "describe", "inspect", "convert", "tool"},
-        STATE: {"state", "describe", "inspect"},
+        STATE: {"state", "describe", "inspect", "convert", "tool"},
         MANIFEST: readers.keys() - {"config", "state"},
     }
     assert refusals.keys() == expected.get(name, set())
