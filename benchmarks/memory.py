@@ -68,7 +68,8 @@ def cases(precisions: list[str], length: int) -> list[Case]:
     return stages + offloaded + recomputed
 
 
-def _tree(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def tree_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the configuration of a row."""
     return {
         "model": {
             "hidden_size": options.hidden,
@@ -88,7 +89,7 @@ def _tree(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def train_and_measure(case: Case, options: argparse.Namespace) -> Row:
     """Train two steps on this rank and return what the second took. Collective."""
     launch = Launch.from_environment()
-    config = config_from_dict(_tree(case, options))
+    config = config_from_dict(tree_of(case, options))
     resolved = resolve(config, launch.world_size)
     platform.limit_threads()
     initialize_groups(launch, resolved)

@@ -45,6 +45,8 @@ class Run:
     """Median over the steps of the mean over the ranks."""
     rows: float
     """Hidden vectors that one step's forward dispatch sends to the other node, all layers."""
+    load: float
+    """True experts a token."""
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -120,6 +122,7 @@ def train(nodes: TwoNodes, variant: str, rate: str, folder: Path, options: Any) 
         step_s=statistics.median(record["step_time_s"] for record in records[1:]),
         exchange_s=statistics.median(mean_S[1:]),
         rows=statistics.median(record["dispatch_rows"] for record in records[1:]),
+        load=statistics.median(record["true_experts_per_token"] for record in records[1:]),
     )
 
 

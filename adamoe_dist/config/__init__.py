@@ -1,5 +1,6 @@
 """One typed configuration tree: declared a file a section, read from YAML and overrides, checked together."""
 
+from adamoe_dist.config.buckets import bucket_sizes
 from adamoe_dist.config.continuity import ABSENT, ALLOW, TOTAL_STEPS, Rule, compared_keys, is_allowed, rule_of
 from adamoe_dist.config.fields import leaves
 from adamoe_dist.config.finetune import FinetuneConfig, LoraConfig
@@ -24,6 +25,7 @@ __all__ = [
     "Resolved",
     "Rule",
     "automatic_micro_batch",
+    "bucket_sizes",
     "check_fine_tuning",
     "check_pre_training",
     "compared_keys",

@@ -1,6 +1,6 @@
 """Groups of ranks and the DeepSpeed engine over Megatron's experts."""
 
-from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
+from adamoe_dist.parallel.buckets import trained_elements
 from adamoe_dist.parallel.engine import TrainingEngine, deepspeed_config
 from adamoe_dist.parallel.groups import (
     COLLECTIVE_TIMEOUT,
@@ -41,7 +41,6 @@ __all__ = [
     "UnshardedOptimizer",
     "WiringError",
     "apex_problem",
-    "bucket_sizes",
     "build_optimizer",
     "check_port",
     "checksum_experts",

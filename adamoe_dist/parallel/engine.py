@@ -9,9 +9,9 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from adamoe_dist.config import Config, Layout, Resolved
+from adamoe_dist.config import Config, Layout, Resolved, bucket_sizes
 from adamoe_dist.model import LanguageModel
-from adamoe_dist.parallel.buckets import bucket_sizes, trained_elements
+from adamoe_dist.parallel.buckets import trained_elements
 from adamoe_dist.parallel.gradients import sum_over_tensor_ranks, tied_embedding
 from adamoe_dist.parallel.groups import MegatronTopology, expert_group_name
 from adamoe_dist.parallel.health import discarding, forget_gradients

@@ -1,7 +1,11 @@
-"""Memory, parameters and compute of a run before it is started."""
+"""Parameters, memory, traffic, compute and time of a run before it is started."""
 
-from adamoe_dist.planning.arithmetic import describe_run, flops_per_token
-from adamoe_dist.planning.memory import RankMemory, rank_memory
+from adamoe_dist.planning.activations import kept_per_token, tokens_of_a_rank
+from adamoe_dist.planning.arithmetic import describe_run
+from adamoe_dist.planning.compute import flops_per_token, hardware_flops_per_token, layer_flops, output_flops
+from adamoe_dist.planning.hardware import DEVICES, Assumptions, Cluster, Device, read_assumptions
+from adamoe_dist.planning.memory import PeakMemory, RankMemory, peak_memory, rank_memory
+from adamoe_dist.planning.output import planned_config, write_config, write_slurm
 from adamoe_dist.planning.parameters import (
     Parameters,
     RankParameters,
@@ -9,15 +13,66 @@ from adamoe_dist.planning.parameters import (
     expected_load,
     rank_parameters,
 )
+from adamoe_dist.planning.placement import Groups, Spread, place, spread_of
+from adamoe_dist.planning.plan import Load, Plan, calibrated, make_plan, planned_precision
+from adamoe_dist.planning.report import as_json, assumption_lines, plan_lines, search_table, sweep_table
+from adamoe_dist.planning.rows import DispatchRows, dispatch_rows
+from adamoe_dist.planning.search import Found, count_layouts, search, shortage
+from adamoe_dist.planning.spread import chance_of_a_rank, load_distribution, mean_load
+from adamoe_dist.planning.step import StepTime
+from adamoe_dist.planning.sweep import Point, baseline, nodes_of, sweep
 
 __all__ = [
+    "DEVICES",
+    "Assumptions",
+    "Cluster",
+    "Device",
+    "DispatchRows",
+    "Found",
+    "Groups",
+    "Load",
     "Parameters",
+    "PeakMemory",
+    "Plan",
+    "Point",
     "RankMemory",
     "RankParameters",
+    "Spread",
+    "StepTime",
+    "as_json",
+    "assumption_lines",
+    "baseline",
+    "calibrated",
+    "chance_of_a_rank",
+    "count_layouts",
     "count_parameters",
     "describe_run",
+    "dispatch_rows",
     "expected_load",
     "flops_per_token",
+    "hardware_flops_per_token",
+    "kept_per_token",
+    "layer_flops",
+    "load_distribution",
+    "make_plan",
+    "mean_load",
+    "nodes_of",
+    "output_flops",
+    "peak_memory",
+    "place",
+    "plan_lines",
+    "planned_config",
+    "planned_precision",
     "rank_memory",
     "rank_parameters",
+    "read_assumptions",
+    "search",
+    "search_table",
+    "shortage",
+    "spread_of",
+    "sweep",
+    "sweep_table",
+    "tokens_of_a_rank",
+    "write_config",
+    "write_slurm",
 ]

@@ -1,28 +1,32 @@
 """What a run will hold and compute, from its configuration alone."""
 
 from adamoe_dist.config import Config, Resolved
-from adamoe_dist.planning.memory import rank_memory
-from adamoe_dist.planning.parameters import Parameters, count_parameters, expected_load
+from adamoe_dist.planning.activations import tokens_of_a_rank
+from adamoe_dist.planning.compute import flops_per_token
+from adamoe_dist.planning.memory import peak_memory, rank_memory
+from adamoe_dist.planning.parameters import count_parameters, expected_load
+from adamoe_dist.planning.placement import place
+from adamoe_dist.planning.rows import dispatch_rows
+from adamoe_dist.planning.spread import load_distribution
 
 
-def flops_per_token(config: Config, parameters: Parameters, true_experts_per_token: float) -> float:
-    """Return floating-point operations of training on one token: forward and backward, 3 x the forward.
+def describe_run(
+    config: Config, resolved: Resolved, padded_vocab_size: int, precision: str, is_cpu: bool = True
+) -> list[str]:
+    """Return the arithmetic of a run, one fact a line, as ``--dry-run`` and the start-up report show it.
 
-    A multiply-add counts 2. The embedding look-up counts nothing, the output layer does; attention scores and values
-    count the causal half.
+    Memory, rows and operations are those of :func:`adamoe_dist.planning.make_plan`; which machine a rank is on is not
+    asked for, so rows are not told by distance.
     """
-    products = parameters.active(true_experts_per_token)
-    if not config.model.tie_embeddings:
-        products -= parameters.embedding
-    model = config.model
-    attention = 2 * model.num_layers * model.sequence_length * model.num_attention_heads * model.head_width
-    return 3.0 * (2 * products + attention)
-
-
-def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, precision: str) -> list[str]:
-    """Return the arithmetic of a run, one fact a line, as ``--dry-run`` and the start-up report show it."""
     parameters, load = count_parameters(config, padded_vocab_size), expected_load(config)
     memory = rank_memory(config, resolved, parameters, precision)
+    layout, slots = resolved.layout, config.moe
+    spread = load_distribution(slots.num_experts, slots.num_null_experts, slots.top_k, load)
+    groups, tokens = place(layout, layout.world_size), tokens_of_a_rank(config, resolved)
+    rows = dispatch_rows(config, layout, groups, tokens, spread, precision)
+    kept_rows = (rows.rows + rows.same_rank) * rows.row_bytes
+    peak = peak_memory(config, resolved, parameters, padded_vocab_size, precision, load, kept_rows, is_cpu)
+    dispatches = parameters.moe_layers * resolved.micro_batches_per_rank * layout.stage_ranks
     train, moe = config.train, config.moe
     load_is = "at balance" if moe.router.target_load is None else "held (moe.router.target_load)"
     of_stage = " of the fullest stage" if resolved.layout.pipeline > 1 else ""
@@ -37,7 +41,12 @@ def describe_run(config: Config, resolved: Resolved, padded_vocab_size: int, pre
         f"parameters: {parameters.total:,} total, {parameters.active(load):,} active a token at that load "
         f"(vocabulary {padded_vocab_size})",
         f"training state a rank{of_stage}: {memory.total / 2**30:.3f} GiB = weights {memory.weights / 2**30:.3f} + "
-        f"gradients {memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f} (activations not counted)"
+        f"gradients {memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f}"
         + (f"; in CPU memory {memory.host / 2**30:.3f} GiB" if memory.host else ""),
+        f"at the peak of a step about {peak.total / 2**30:.3f} GiB, activations {peak.activations / 2**30:.3f} of it "
+        f"(recompute {config.train.recompute}; the driver's own memory not counted)",
+        f"dispatch: about {rows.rows * dispatches:.0f} rows to other ranks a step, "
+        f"{rows.bytes * dispatches / 1e6:.1f} MB forward (one row a token and true expert: "
+        f"{rows.undeduplicated * dispatches:.0f}), at that load and experts used alike",
         f"compute: {flops_per_token(config, parameters, load) / 1e6:.2f} MFLOP a token, forward and backward",
     ]

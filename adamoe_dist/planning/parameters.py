@@ -91,6 +91,13 @@ def expected_load(config: Config) -> float:
     return config.moe.expected_load
 
 
+def stage_layers(config: Config, layout: Layout, stage: int) -> tuple[int, int]:
+    """Return how many layers with experts, and how many without, a pipeline stage has."""
+    per_stage = config.model.num_layers // layout.pipeline
+    moe_layers = sum(layer // per_stage == stage for layer in config.moe_layers)
+    return moe_layers, per_stage - moe_layers
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankParameters:
     """Weights on one rank: ``dense`` and ``expert`` ones that it trains, ``copied`` ones that another stage trains."""
@@ -113,11 +120,9 @@ def rank_parameters(config: Config, layout: Layout, embedding: int) -> list[Rank
     """
     model = config.model
     with_experts, without = layer_parameters(config, True), layer_parameters(config, False)
-    per_stage, last = model.num_layers // layout.pipeline, layout.pipeline - 1
-    found = []
+    last, found = layout.pipeline - 1, []
     for stage in range(layout.pipeline):
-        moe_layers = sum(layer // per_stage == stage for layer in config.moe_layers)
-        others = per_stage - moe_layers
+        moe_layers, others = stage_layers(config, layout, stage)
         cut = moe_layers * with_experts.cut + others * without.cut
         whole = moe_layers * with_experts.whole + others * without.whole
         whole += gating_residual_parameters(config) if layout.pipeline == 1 else 0

@@ -85,7 +85,9 @@ def _dry_run(config: Config, task: Task) -> int:
         vocabulary = config.data.prepare.vocab_size
     precision = platform.compute_precision(config.train.precision)
     if _rank() == 0:
-        for line in describe_run(config, resolved, config.padded_vocab_size(vocabulary), precision):
+        for line in describe_run(
+            config, resolved, config.padded_vocab_size(vocabulary), precision, not platform.is_cuda()
+        ):
             say(line)
         say("dry run: nothing was trained")
     return 0

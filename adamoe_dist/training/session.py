@@ -184,7 +184,8 @@ def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: B
         logger.info("ZeRO stage 3 is experimental here: compare the first losses with stage 2")
     logger.info("optimizer: %s, %s (%s)", config.optimizer.type, *choose_implementation(config))
     vocabulary = config.padded_vocab_size(corpora.tokenizer.vocab_size)
-    for line in describe_run(config, resolved, vocabulary, platform.compute_precision(config.train.precision)):
+    precision = platform.compute_precision(config.train.precision)
+    for line in describe_run(config, resolved, vocabulary, precision, not platform.is_cuda()):
         logger.info("%s", line)
 
 

@@ -1,0 +1,160 @@
+"""What a run is planned for: devices, machines, links, and what is assumed about how well they are used."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adamoe_dist.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device from its vendor's data sheet: dense products, no sparsity; rates are a direction's.
+
+    ``inter_node_gb_s`` is one network port for each device, as such machines are sold.
+    """
+
+    name: str
+    peak_tflops_16: float
+    peak_tflops_32: float
+    memory_gib: float
+    memory_gb_s: float
+    intra_node_gb_s: float
+    inter_node_gb_s: float
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ranks are processes on CPU cores."""
+        return self.name == "cpu"
+
+    def peak_flops(self, precision: str) -> float:
+        """Operations a second of matrix products in a precision; fp32 means fp32, not TF32."""
+        return 1e12 * (self.peak_tflops_32 if precision == "fp32" else self.peak_tflops_16)
+
+
+def _device(name: str, *numbers: float) -> Device:
+    names = [entry.name for entry in dataclasses.fields(Device)]
+    return Device(**dict(zip(names, (name, *numbers), strict=True)))  # type: ignore[arg-type]
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _device("a100", 312, 19.5, 79, 2039, 300, 25),
+        _device("h100", 989, 67, 78, 3350, 450, 50),
+        _device("h200", 989, 67, 139, 4800, 450, 50),
+        _device("b200", 2250, 75, 178, 8000, 900, 50),
+        _device("l40s", 362, 91.6, 44, 864, 32, 12.5),
+        _device("cpu", 0.05, 0.05, 12, 20, 2, 1.25),
+    )
+}
+"""Memory in GiB is what a process can have of it; ``cpu`` is one core of a server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Machines that are all alike, their devices, and the ranks on them: one a device, numbered machine by machine."""
+
+    nodes: int
+    gpus_per_node: int
+    device: Device
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus_per_node
+
+
+def _assumed(default: float, doc: str, cpu: float | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "cpu": default if cpu is None else cpu})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """All that a prediction takes for granted.
+
+    The defaults for GPUs are guesses that no measurement here supports; those for CPU ranks are from runs on CPU ranks
+    (docs/planning.md).
+    """
+
+    matmul_efficiency: float = _assumed(0.55, "part of peak that dense matrix products reach", cpu=0.6)
+    attention_efficiency: float = _assumed(0.40, "part of peak that the attention core reaches", cpu=0.3)
+    expert_efficiency: float = _assumed(0.40, "part of peak that the experts' grouped products reach", cpu=0.5)
+    expert_imbalance: float = _assumed(1.1, "rows of the fullest rank over the mean", cpu=1.03)
+    memory_efficiency: float = _assumed(0.7, "part of the memory's rate that element-wise work reaches")
+    activation_moves: float = _assumed(
+        6.0, "times that a kept activation goes through memory, forward and backward, outside of products"
+    )
+    layer_overhead_us: float = _assumed(
+        500.0, "launches and host work of a layer's forward pass, microseconds", cpu=2e3
+    )
+    intra_efficiency: float = _assumed(0.75, "part of the rate within a node that collectives reach")
+    inter_efficiency: float = _assumed(0.8, "part of the rate between nodes that collectives reach", cpu=0.57)
+    latency_us: float = _assumed(20.0, "start of one collective, microseconds", cpu=300.0)
+    overlap: float = _assumed(
+        0.5, "part of the computing time behind which ZeRO's exchanges can hide, where they are overlapped"
+    )
+    host_gb_s: float = _assumed(25.0, "rate to CPU memory for an offloaded optimizer, a rank, GB/s")
+    host_update_gb_s: float = _assumed(15.0, "rate at which the CPU updates an offloaded state, a rank, GB/s", cpu=5.0)
+    memory_overhead_gib: float = _assumed(
+        2.0, "memory of the driver, the collectives' library and fragments, GiB", cpu=0.025
+    )
+    memory_share: float = _assumed(0.95, "part of the device's memory that may be filled")
+
+    @classmethod
+    def of(cls, device: Device) -> "Assumptions":
+        """Return the defaults for a device."""
+        return cls(**{entry.name: entry.metadata["cpu"] for entry in dataclasses.fields(cls)} if device.is_cpu else {})
+
+    def changed(self, values: dict[str, Any], origin: str = "--assume") -> "Assumptions":
+        """Return these with other values.
+
+        Raises:
+            UserError: there is no such assumption, or the value is not a positive number.
+        """
+        known = {entry.name for entry in dataclasses.fields(self)}
+        for name, value in values.items():
+            if name not in known:
+                raise UserError(f"{origin} {name}={value}: no such assumption; known: {', '.join(sorted(known))}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise UserError(f"{origin} {name}={value}: must be a number that is not negative")
+            if value == 0 and not name.endswith(("_us", "_gib", "_moves")):
+                raise UserError(f"{origin} {name}={value}: must be above 0")
+        return dataclasses.replace(self, **{name: float(value) for name, value in values.items()})
+
+    def lines(self) -> list[str]:
+        """Return each with its value and meaning."""
+        return [f"{e.name}={getattr(self, e.name):g}  {e.metadata['doc']}" for e in dataclasses.fields(self)]
+
+
+def read_assumptions(assumptions: Assumptions, file: Path | None, pairs: Iterable[str]) -> Assumptions:
+    """Apply a YAML file of ``name: value``, or lines ``name=value``, and then pairs ``name=value``.
+
+    Raises:
+        UserError: the file cannot be read, or something in it or in the pairs is no assumption.
+    """
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"--assumptions {file}: cannot be read ({problem}); give a file of name=value") from None
+        lines = [line.split("#")[0].strip().replace(": ", "=", 1) for line in text.splitlines()]
+        assumptions = assumptions.changed(_parsed(filter(None, lines), f"--assumptions {file}:"), "--assumptions")
+    return assumptions.changed(_parsed(pairs, "--assume"))
+
+
+def _parsed(pairs: Iterable[str], origin: str) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise UserError(f"{origin} {pair!r} is not name=value")
+        try:
+            found[name.strip()] = float(text)
+        except ValueError:
+            found[name.strip()] = yaml.safe_load(text)
+    return found
