@@ -4,6 +4,7 @@ from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
+from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
@@ -29,8 +30,10 @@ __all__ = [
     "notes_on_cut",
     "plan_null_experts",
     "read_config",
+    "read_index",
     "read_manifest",
     "read_state",
+    "read_tensor",
     "remove_leftovers",
     "save_checkpoint",
     "set_null_experts",

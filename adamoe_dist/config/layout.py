@@ -140,7 +140,8 @@ def _check_against_model(config: Config, problems: list[str]) -> None:
 
 def _check_tensor(config: Config, problems: list[str]) -> None:
     tensor, model = config.parallel.tensor, config.model
-    ffn = None if config.moe.layer_frequency == 1 else model.ffn_hidden_size or 4 * model.hidden_size
+    has_dense = len(config.moe_layers) < model.num_layers
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size if has_dense else None
     for name, size in (
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.num_query_groups or model.num_attention_heads),
@@ -178,10 +179,11 @@ def _check_pipeline(config: Config, problems: list[str]) -> None:
         return
     if layers % stages:
         problems.append(f"parallel.pipeline={stages} does not divide model.num_layers={layers}; change one of them")
-    elif config.moe.layer_frequency > layers // stages:
+    elif len({layer // (layers // stages) for layer in config.moe_layers}) < stages:
+        dense = f", moe.dense_layers={config.moe.dense_layers}" if config.moe.dense_layers else ""
         problems.append(
             f"parallel.pipeline={stages} leaves a stage of {layers // stages} layers without experts at "
-            f"moe.layer_frequency={config.moe.layer_frequency}; lower one of them"
+            f"moe.layer_frequency={config.moe.layer_frequency}{dense}; lower parallel.pipeline or have more MoE layers"
         )
     if config.moe.router.gating_residual:
         problems.append(

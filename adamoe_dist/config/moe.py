@@ -49,10 +49,12 @@ class RouterConfig:
         "softmax",
         "Scores of a token's experts: softmax over all n+m, or the sigmoid of each logit, independent of the others.",
     )
-    normalize: Literal["true_experts", "all_selected", "none"] = key(
+    normalize: Literal["true_experts", "all_selected", "all_true", "none"] = key(
         "true_experts",
         "Combine weights sum to 1 over the true experts selected (the paper; null experts that have an output count "
-        "with them), over all k selected with the null ones' share lost, or are the plain scores.",
+        "with them), over all k selected with the null ones' share lost, over all n true experts whether selected or "
+        "not (null experts take no share: as a model without them whose weights are plain scores), or are the plain "
+        "scores.",
     )
     null_init: Literal["random", "copy", "shared"] = key(
         "random",
@@ -159,7 +161,13 @@ class MoEConfig:
     shared_expert_hidden_size: int | None = key(
         None, "Inner width of a shared expert that every token uses besides; null: none.", at_least=1
     )
+    shared_expert_gate: bool = key(
+        False, "Multiply the shared expert's output by the sigmoid of a learned score of the token (Qwen2-MoE)."
+    )
     layer_frequency: int = key(1, "One layer in so many is an MoE layer, the last of each group (1: all).", at_least=1)
+    dense_layers: list[int] = key(
+        [], "Layers, numbered from 0 and ascending, that have a dense feed-forward whatever layer_frequency says."
+    )
     reference_top_k: int | None = key(
         None,
         "Experts a token in the model that expert_flops_saved compares with; null: top_k where m = 0, else 2.",

@@ -48,6 +48,15 @@ class Config:
         return self.schedule.total_steps or self.train.steps
 
     @property
+    def moe_layers(self) -> list[int]:
+        """Numbers, from 0, of the layers that have experts.
+
+        They are the last of each ``moe.layer_frequency``, ``moe.dense_layers`` left out.
+        """
+        frequency, dense = self.moe.layer_frequency, set(self.moe.dense_layers)
+        return [layer for layer in range(frequency - 1, self.model.num_layers, frequency) if layer not in dense]
+
+    @property
     def reference_top_k(self) -> int:
         """The top-k that ``expert_flops_saved`` compares with."""
         if self.moe.reference_top_k is not None:

@@ -94,10 +94,13 @@ def resolve(config: Config, world_size: int) -> Resolved:
 def _check_model(config: Config, problems: list[str]) -> None:
     model = config.model
     heads = model.num_attention_heads
-    if model.hidden_size % heads:
+    if model.head_dim is not None:
+        if model.head_dim % 2:
+            problems.append(f"model.head_dim={model.head_dim} is odd; rotary positions need an even head width")
+    elif model.hidden_size % heads:
         problems.append(
             f"model.num_attention_heads={heads} does not divide model.hidden_size={model.hidden_size}; "
-            "change one of them"
+            "change one of them or set model.head_dim"
         )
     elif (model.hidden_size // heads) % 2:
         problems.append(
@@ -107,10 +110,22 @@ def _check_model(config: Config, problems: list[str]) -> None:
     groups = model.num_query_groups
     if groups is not None and heads % groups:
         problems.append(f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}")
-    if config.moe.layer_frequency > model.num_layers:
+    _check_layers(config, problems)
+
+
+def _check_layers(config: Config, problems: list[str]) -> None:
+    layers, frequency, dense = config.model.num_layers, config.moe.layer_frequency, config.moe.dense_layers
+    if frequency > layers:
+        problems.append(f"moe.layer_frequency={frequency} leaves no MoE layer in model.num_layers={layers}; lower it")
+    elif dense != sorted(set(dense)) or not all(0 <= layer < layers for layer in dense):
         problems.append(
-            f"moe.layer_frequency={config.moe.layer_frequency} leaves no MoE layer in "
-            f"model.num_layers={model.num_layers}; lower it"
+            f"moe.dense_layers={dense} must name layers from 0 to {layers - 1} (model.num_layers={layers}), each once "
+            "and in ascending order"
+        )
+    elif not config.moe_layers:
+        problems.append(
+            f"moe.dense_layers={dense} leaves no MoE layer in model.num_layers={layers} at moe.layer_frequency="
+            f"{frequency}; take some out"
         )
 
 
@@ -121,6 +136,11 @@ def _check_moe(config: Config, problems: list[str]) -> None:
         problems.append(
             f"moe.top_k={moe.top_k} is more than the {available} experts there are (moe.num_experts="
             f"{moe.num_experts} + moe.num_null_experts={moe.num_null_experts}); lower it or add experts"
+        )
+    if moe.shared_expert_gate and moe.shared_expert_hidden_size is None:
+        problems.append(
+            "moe.shared_expert_gate=true needs a shared expert and moe.shared_expert_hidden_size=null gives none; set "
+            "both or neither"
         )
     check_router(config, problems)
     _check_dispatcher(config, problems)

@@ -26,9 +26,10 @@ def _check_baseline(config: Config, problems: list[str]) -> None:
             f"moe.router.balance.type={router.balance.type} is AdaMoE's loss; with moe.router.type=topk use switch or "
             "none"
         )
-    if router.normalize == "all_selected":
+    if router.normalize in ("all_selected", "all_true"):
+        same = {"all_selected": "true_experts", "all_true": "none"}[router.normalize]
         problems.append(
-            "moe.router.normalize=all_selected differs from true_experts only with null experts; with "
+            f"moe.router.normalize={router.normalize} differs from {same} only with null experts; with "
             "moe.router.type=topk use true_experts or none"
         )
     ours = {
@@ -67,7 +68,18 @@ def _check_null_types(config: Config, problems: list[str]) -> None:
 
 
 def _check_router_options(config: Config, problems: list[str]) -> None:
-    router = config.moe.router
+    router, types = config.moe.router, config.moe.null_types
+    if router.normalize == "all_true" and types.identity + types.constant:
+        problems.append(
+            f"moe.router.normalize=all_true gives null experts no share of the weights, but "
+            f"moe.null_types.identity={types.identity} and moe.null_types.constant={types.constant} have an output to "
+            "be weighted; set both to 0 or use normalize=none"
+        )
+    if router.normalize == "all_true" and router.score_function == "sigmoid":
+        problems.append(
+            "moe.router.normalize=all_true divides by the sum over the true experts, and with "
+            "moe.router.score_function=sigmoid no expert takes a share of another's; use normalize=none"
+        )
     if router.drop_policy != "probs" and router.capacity_factor is None:
         problems.append(
             f"moe.router.drop_policy={router.drop_policy} does nothing without moe.router.capacity_factor; set both or "

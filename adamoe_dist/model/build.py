@@ -27,7 +27,7 @@ from torch import Tensor
 from adamoe_dist.config import Config, Resolved
 from adamoe_dist.experts import choose_kernel
 from adamoe_dist.model.config import AdaMoETransformerConfig, is_moe_layer, transformer_config
-from adamoe_dist.model.modules import CausalAttention, ContextRotary, RMSNorm
+from adamoe_dist.model.modules import CausalAttention, ContextRotary, KeyNorm, QueryNorm, RMSNorm
 from adamoe_dist.model.moe_layer import AdaMoELayer
 from adamoe_dist.routing import chain_routers
 
@@ -192,12 +192,16 @@ def build_model(
 
 def block_spec(config: Config, megatron: AdaMoETransformerConfig) -> TransformerBlockSubmodules:
     """Return the specification of this pipeline stage's layers, one entry a layer."""
-    layers = [layer_spec(is_moe_layer(config, layer)) for layer in range(megatron.num_layers)]
+    norms = {"none": (IdentityOp, IdentityOp), "head": (RMSNorm, RMSNorm), "all": (QueryNorm, KeyNorm)}
+    query_norm, key_norm = norms[config.model.qk_norm]
+    layers = [layer_spec(is_moe_layer(config, layer), query_norm, key_norm) for layer in range(megatron.num_layers)]
     first, number = get_transformer_layer_offset(megatron), get_num_layers_to_build(megatron)
     return TransformerBlockSubmodules(layer_specs=layers[first : first + number], layer_norm=RMSNorm)
 
 
-def layer_spec(has_experts: bool) -> ModuleSpec:
+def layer_spec(
+    has_experts: bool, query_norm: type[torch.nn.Module] = IdentityOp, key_norm: type[torch.nn.Module] = IdentityOp
+) -> ModuleSpec:
     """Return one layer's specification; it serves Megatron-core 0.16 to 0.19."""
     dense = ModuleSpec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -209,8 +213,8 @@ def layer_spec(has_experts: bool) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=CausalAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
     return ModuleSpec(

@@ -47,6 +47,9 @@ def transformer_config(
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.head_dim,
+        qk_layernorm=model.qk_norm != "none",
+        add_qkv_bias=model.qkv_bias,
         ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
@@ -78,6 +81,7 @@ def transformer_config(
         moe_ffn_hidden_size=moe.expert_hidden_size,
         moe_layer_freq=[int(is_moe_layer(config, layer)) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_expert_hidden_size,
+        moe_shared_expert_gate=moe.shared_expert_gate,
         moe_router_topk=min(moe.top_k, moe.num_experts),
         moe_router_pre_softmax=moe.router.normalize == "none",
         moe_router_dtype="fp32",
@@ -108,5 +112,5 @@ def recomputation(config: Config) -> dict[str, Any]:
 
 
 def is_moe_layer(config: Config, layer: int) -> bool:
-    """Tell whether layer ``layer`` (from 0) has experts: every ``moe.layer_frequency``-th, the last of each group."""
-    return (layer + 1) % config.moe.layer_frequency == 0
+    """Tell whether layer ``layer`` (from 0) has experts."""
+    return layer in config.moe_layers

@@ -1,9 +1,13 @@
 """Norm and attention kernels of the model, on CPU and CUDA without Transformer Engine."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -24,6 +28,65 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., H)."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class JointNorm(torch.nn.Module):
+    """RMSNorm of all heads of a token together, in fp32; the heads may be cut over the tensor-parallel ranks.
+
+    The weight has an element for each element of this rank's heads; the mean of squares is over those of all ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, heads: int, head_width: int, eps: float) -> None:
+        """Make a norm of ``heads`` heads, those of all ranks, of ``head_width`` each."""
+        super().__init__()
+        self.eps, self.whole_width = eps, heads * head_width
+        self.tensor_group = ProcessGroupCollection.use_mpu_process_groups(["tp"]).tp
+        width = self.whole_width // self.tensor_group.size()
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Normalise (sequence, batch, this rank's heads, head width)."""
+        joint = heads.flatten(2).float()
+        if self.tensor_group.size() == 1:
+            normed = F.rms_norm(joint, self.weight.shape, self.weight.float(), self.eps)
+        else:
+            squares = _SummedOverRanks.apply(joint.square().sum(dim=-1, keepdim=True), self.tensor_group)
+            normed = joint * torch.rsqrt(squares / self.whole_width + self.eps) * self.weight.float()
+        return normed.to(heads.dtype).view_as(heads)
+
+
+class QueryNorm(JointNorm):
+    """:class:`JointNorm` in the slot of Megatron's norm of queries."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        """Make the norm; ``hidden_size`` is the width of a head."""
+        super().__init__(config, config.num_attention_heads, hidden_size, eps)
+
+
+class KeyNorm(JointNorm):
+    """:class:`JointNorm` in the slot of Megatron's norm of keys."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        """Make the norm; ``hidden_size`` is the width of a head."""
+        super().__init__(config, config.num_query_groups or config.num_attention_heads, hidden_size, eps)
+
+
+class _SummedOverRanks(torch.autograd.Function):
+    """The sum over ranks, each of which uses it for outputs of its own: the gradient is summed over them too."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class ContextRotary(torch.nn.Module):

@@ -14,7 +14,8 @@ def flops_per_token(config: Config, parameters: Parameters, true_experts_per_tok
     products = parameters.active(true_experts_per_token)
     if not config.model.tie_embeddings:
         products -= parameters.embedding
-    attention = 2 * config.model.num_layers * config.model.sequence_length * config.model.hidden_size
+    model = config.model
+    attention = 2 * model.num_layers * model.sequence_length * model.num_attention_heads * model.head_width
     return 3.0 * (2 * products + attention)
 
 

@@ -41,18 +41,21 @@ class LayerParameters:
 def layer_parameters(config: Config, has_experts: bool) -> LayerParameters:
     """Count the weights of a layer, the residual of the gating scores left out."""
     model, moe = config.model, config.moe
-    width, heads = model.hidden_size, model.num_attention_heads
-    groups = model.num_query_groups or heads
-    attention = width * width * 2 + 2 * width * (width // heads) * groups
+    width, queries = model.hidden_size, model.num_attention_heads * model.head_width
+    keys = (model.num_query_groups or model.num_attention_heads) * model.head_width
+    attention = 2 * width * (queries + keys)
+    if model.qkv_bias:
+        attention += queries + 2 * keys
+    if model.qk_norm == "all":
+        attention += queries + keys
+    norms = 2 * width + (2 * model.head_width if model.qk_norm == "head" else 0)
     if not has_experts:
-        return LayerParameters(
-            cut=attention + 3 * width * (model.ffn_hidden_size or 4 * width), whole=2 * width, expert=0
-        )
+        return LayerParameters(cut=attention + 3 * width * (model.ffn_hidden_size or 4 * width), whole=norms, expert=0)
     null_rows = 1 if moe.num_null_experts and moe.router.null_init == "shared" else moe.num_null_experts
     router = (moe.num_experts + null_rows) * width + 3 * width * moe.null_types.constant
     return LayerParameters(
         cut=attention + 3 * width * (moe.shared_expert_hidden_size or 0),
-        whole=router + 2 * width,
+        whole=router + norms + (width if moe.shared_expert_gate else 0),
         expert=moe.num_experts * 3 * width * moe.expert_hidden_size,
     )
 
@@ -60,7 +63,7 @@ def layer_parameters(config: Config, has_experts: bool) -> LayerParameters:
 def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
     """Count the weights of the model that :func:`adamoe_dist.model.build_model` builds."""
     model, moe = config.model, config.moe
-    moe_layers = model.num_layers // moe.layer_frequency
+    moe_layers = len(config.moe_layers)
     with_experts, without = layer_parameters(config, True), layer_parameters(config, False)
     embedding = padded_vocab_size * model.hidden_size
     return Parameters(
@@ -79,7 +82,7 @@ def count_parameters(config: Config, padded_vocab_size: int) -> Parameters:
 def gating_residual_parameters(config: Config) -> int:
     """Count the weights that carry each router's scores to the next one's."""
     moe = config.moe
-    between = config.model.num_layers // moe.layer_frequency - 1
+    between = len(config.moe_layers) - 1
     return between * (moe.num_experts + moe.num_null_experts) ** 2 if moe.router.gating_residual else 0
 
 
@@ -108,12 +111,12 @@ def rank_parameters(config: Config, layout: Layout, embedding: int) -> list[Rank
         layout: its degrees.
         embedding: weights of the token embedding.
     """
-    model, frequency = config.model, config.moe.layer_frequency
+    model = config.model
     with_experts, without = layer_parameters(config, True), layer_parameters(config, False)
     per_stage, last = model.num_layers // layout.pipeline, layout.pipeline - 1
     found = []
     for stage in range(layout.pipeline):
-        moe_layers = (stage + 1) * per_stage // frequency - stage * per_stage // frequency
+        moe_layers = sum(layer // per_stage == stage for layer in config.moe_layers)
         others = per_stage - moe_layers
         cut = moe_layers * with_experts.cut + others * without.cut
         whole = moe_layers * with_experts.whole + others * without.whole

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Normalize = Literal["true_experts", "all_selected", "none"]
+Normalize = Literal["true_experts", "all_selected", "all_true", "none"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 
 NO_SCORE = 1e-20
@@ -81,14 +81,16 @@ def select(
       to 0 for a token that chose zero experts only. With zero experts only, the task loss then gives null
       logits a gradient of exactly zero, and true logits one only where a token has at least two true experts.
     * `all_selected`: softmax over all k selected logits, of which those of zero experts are then dropped.
+    * `all_true`: softmax over the n true logits, selected or not. A null expert takes no share of the weights, so
+      that null experts added to a model of plain scores change no weight; for zero experts and softmax only.
     * `none`: softmax over all n + m logits, not renormalised.
 
     With `score_function="sigmoid"` the first two divide the selected sigmoid scores by their sum, and `none`
     takes the scores as they are.
 
     Without null experts and without ties, `true_experts` (and `all_selected`) equals Megatron's softmax after
-    top-k, and its sigmoid for k > 1, and `none` its softmax before top-k, bit for bit, in value and in gradient.
-    (At k = 1 Megatron leaves a sigmoid score as it is: `none`.)
+    top-k, and its sigmoid for k > 1, and `none` (and `all_true`) its softmax before top-k, bit for bit, in value
+    and in gradient. (At k = 1 Megatron leaves a sigmoid score as it is: `none`.)
 
     Args:
         logits_TA: Router logits (T, A) in fp32 or fp64, the `num_true` true experts first. NaN and infinity pass
@@ -110,12 +112,16 @@ def select(
     assert logits_TA.dtype in (torch.float32, torch.float64), f"router logits in {logits_TA.dtype}"
     assert num_true <= experts, f"{num_true} true experts of {experts}"
     assert num_with_output <= experts - num_true, f"{num_with_output} of {experts - num_true} null experts"
+    if normalize == "all_true":
+        assert score_function == "softmax" and num_with_output == 0, (score_function, num_with_output)
     if padding_mask_T is not None:
         logits_TA = logits_TA.masked_fill(padding_mask_T.unsqueeze(1), 0.0)
     # Where softmax rounds two logits to one probability, their order is that of Megatron's pre-softmax path.
-    is_plain_softmax = normalize == "none" and score_function == "softmax"
-    scores_TA = torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
-    ranking_TA = scores_TA if bias_E is None else biased_scores(logits_TA, score_function, bias_E)
+    is_plain_softmax = normalize in ("none", "all_true") and score_function == "softmax"
+    ranking_TA = scores_TA = torch.softmax(logits_TA, dim=1) if is_plain_softmax else logits_TA
+    if normalize == "all_true" and num_true < experts:
+        scores_TA = F.pad(torch.softmax(logits_TA[:, :num_true], dim=1), (0, experts - num_true))
+    ranking_TA = ranking_TA if bias_E is None else biased_scores(logits_TA, score_function, bias_E)
     top_indices_TK = ranked_top_k(ranking_TA, top_k)
     first_with_output = experts - num_with_output
     dropped_TK = (top_indices_TK >= num_true) & (top_indices_TK < first_with_output)

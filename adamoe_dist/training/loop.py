@@ -88,9 +88,8 @@ class Trainer:
         self._load_controller = load_controller(config, model)
         self._received: signal.Signals | None = None
         self.schedule = Schedule(engine, model, dtype, device)
-        frequency = config.moe.layer_frequency
-        self.num_moe_layers = config.model.num_layers // frequency
-        self.first_moe_layer = model.moe_layers[0].layer_number // frequency - 1
+        self.num_moe_layers = len(config.moe_layers)
+        self.first_moe_layer = config.moe_layers.index(model.moe_layers[0].layer_number - 1)
 
     @property
     def is_last_step(self) -> bool:
@@ -222,11 +221,10 @@ class Trainer:
 
     def _bad_scores(self, bad_tokens: list[float]) -> str | None:
         """Name the first layer that went wrong; the layers above it only inherit that."""
-        for number, tokens in enumerate(bad_tokens, 1):
+        for layer, tokens in zip(self.config.moe_layers, bad_tokens, strict=True):
             if tokens:
-                layer = number * self.config.moe.layer_frequency
                 return (
-                    f"the router of layer {layer} gives NaN or infinite scores for {tokens:.0f} tokens of "
+                    f"the router of layer {layer + 1} gives NaN or infinite scores for {tokens:.0f} tokens of "
                     f"step {self.step + 1}"
                 )
         return None

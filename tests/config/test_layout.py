@@ -91,6 +91,16 @@ def test_the_explanation_names_what_is_cut() -> None:
             "parallel.pipeline=4 leaves a stage of 1 layers without experts",
         ),
         (
+            {"parallel": {"pipeline": 2}, "moe": {"dense_layers": [0, 1]}},
+            2,
+            "a stage of 2 layers without experts at moe.layer_frequency=1, moe.dense_layers=[0, 1]",
+        ),
+        (
+            {"parallel": {"tensor": 4}, "moe": {"dense_layers": [0]}, "model": {"ffn_hidden_size": 102}},
+            4,
+            "parallel.tensor=4 does not divide model.ffn_hidden_size=102",
+        ),
+        (
             {"parallel": {"pipeline": 2}, "moe": {"router": {"gating_residual": True}}},
             2,
             "moe.router.gating_residual=true adds each router",

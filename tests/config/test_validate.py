@@ -82,6 +82,22 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ({"model": {"num_attention_heads": 3}}, 1, "model.num_attention_heads=3 does not divide"),
         ({"model": {"hidden_size": 12, "num_attention_heads": 4}}, 1, "odd head width"),
         ({"model": {"num_query_groups": 3}}, 1, "model.num_query_groups=3 does not divide"),
+        ({"model": {"head_dim": 7}}, 1, "model.head_dim=7 is odd"),
+        ({"model": {"head_dim": 6, "num_attention_heads": 3, "num_query_groups": 2}}, 1, "num_query_groups=2 does not"),
+        ({"moe": {"dense_layers": [4]}}, 1, "moe.dense_layers=[4] must name layers from 0 to 3"),
+        ({"moe": {"dense_layers": [1, 0]}}, 1, "in ascending order"),
+        ({"moe": {"dense_layers": [1, 3], "layer_frequency": 2}}, 1, "moe.dense_layers=[1, 3] leaves no MoE layer"),
+        ({"moe": {"shared_expert_gate": True}}, 1, "moe.shared_expert_gate=true needs a shared expert"),
+        (
+            {"moe": {"null_types": {"identity": 2}, "router": {"normalize": "all_true"}}},
+            1,
+            "moe.router.normalize=all_true gives null experts no share",
+        ),
+        (
+            {"moe": {"router": {"normalize": "all_true", "score_function": "sigmoid"}}},
+            1,
+            "use normalize=none",
+        ),
         ({"moe": {"layer_frequency": 5}}, 1, "moe.layer_frequency=5 leaves no MoE layer"),
         ({"moe": {"router": {"type": "topk"}}}, 1, "moe.num_null_experts=8 needs moe.router.type=adamoe"),
         (

@@ -56,18 +56,33 @@ class Plain:
     def attention(self, x, layer):
         """(S, H). The rows of the joint projection are, for each group: its query heads, its key, its value."""
         model = self.config.model
-        groups, width = model.num_query_groups, model.hidden_size // model.num_attention_heads
+        groups, width = model.num_query_groups, model.head_dim or model.hidden_size // model.num_attention_heads
         per_group = model.num_attention_heads // groups
-        heads = iter((x @ self.weights[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"].t()).split(width, 1))
-        results = []
+        projected = x @ self.weights[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"].t()
+        if model.qkv_bias:
+            projected = projected + self.weights[f"decoder.layers.{layer}.self_attention.linear_qkv.bias"]
+        heads = iter(projected.split(width, 1))
+        all_queries, all_keys, values = [], [], []
         for _ in range(groups):
-            queries = [self.rotate(next(heads)) for _ in range(per_group)]
-            key, value = self.rotate(next(heads)), next(heads)
-            for query in queries:
+            all_queries += [next(heads) for _ in range(per_group)]
+            all_keys.append(next(heads))
+            values.append(next(heads))
+        all_queries = [self.rotate(head) for head in self.normed_heads(all_queries, layer, "q")]
+        all_keys = [self.rotate(head) for head in self.normed_heads(all_keys, layer, "k")]
+        results = []
+        for group in range(groups):
+            key, value = all_keys[group], values[group]
+            for query in all_queries[group * per_group : (group + 1) * per_group]:
                 scores = query @ key.t() / math.sqrt(width)
                 scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
                 results.append(scores.softmax(dim=-1) @ value)
         return torch.cat(results, dim=1) @ self.weights[f"decoder.layers.{layer}.self_attention.linear_proj.weight"].t()
+
+    def normed_heads(self, heads, layer, which):
+        name, kind = f"decoder.layers.{layer}.self_attention.{which}_layernorm.weight", self.config.model.qk_norm
+        if kind == "head":
+            return [self.norm(head, name) for head in heads]
+        return list(self.norm(torch.cat(heads, dim=1), name).split(heads[0].shape[1], 1)) if kind == "all" else heads
 
     @staticmethod
     def swiglu(x, first, second):
@@ -86,6 +101,7 @@ class Plain:
             among = {
                 "true_experts": true,
                 "all_selected": chosen,
+                "all_true": range(moe.num_experts),
                 "none": range(scores.shape[1]),
             }[moe.router.normalize]
             output = x[token] * 0
@@ -102,7 +118,10 @@ class Plain:
     def shared(self, x, layer):
         prefix = f"decoder.layers.{layer}.mlp.shared_experts."
         first, second = self.weights[f"{prefix}linear_fc1.weight"], self.weights[f"{prefix}linear_fc2.weight"]
-        return torch.stack([self.swiglu(row, first, second) for row in x])
+        outputs = torch.stack([self.swiglu(row, first, second) for row in x])
+        if self.config.moe.shared_expert_gate:
+            outputs = outputs * torch.sigmoid(x @ self.weights[f"{prefix}gate_weight"].t())
+        return outputs
 
     def dense(self, x, layer):
         prefix = f"decoder.layers.{layer}.mlp."
@@ -115,7 +134,7 @@ class Plain:
         for layer in range(self.config.model.num_layers):
             x = x + self.attention(self.norm(x, f"decoder.layers.{layer}.input_layernorm.weight"), layer)
             normed = self.norm(x, f"decoder.layers.{layer}.pre_mlp_layernorm.weight")
-            if (layer + 1) % self.config.moe.layer_frequency:
+            if (layer + 1) % self.config.moe.layer_frequency or layer in self.config.moe.dense_layers:
                 x = x + self.dense(normed, layer)
                 continue
             x = x + self.experts(normed, layer)
@@ -129,6 +148,15 @@ class Plain:
         )
 
 
+@torch.no_grad()
+def perturb_vectors(model):
+    """Norms and biases start as ones and zeros, which a dropped or misplaced one would not show."""
+    generator = torch.Generator().manual_seed(12)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -136,13 +164,22 @@ class Plain:
         {"moe": {"router": {"normalize": "all_selected", "null_init": "shared"}}},
         {"moe": {"router": {"normalize": "none"}, "layer_frequency": 2, "shared_expert_hidden_size": 40}},
         {"model": {"tie_embeddings": True, "num_query_groups": 4}, "moe": {"experts": {"kernel": "sequential"}}},
+        {
+            "model": {"head_dim": 24, "qk_norm": "head", "qkv_bias": True},
+            "moe": {"dense_layers": [0], "router": {"normalize": "all_true"}},
+        },
+        {
+            "model": {"head_dim": 10, "qk_norm": "all"},
+            "moe": {"shared_expert_hidden_size": 40, "shared_expert_gate": True, "dense_layers": [1]},
+        },
     ],
-    ids=["true_experts", "all_selected-shared_row", "none-dense-shared_expert", "tied-sequential"],
+    ids=["true_experts", "all_selected-shared_row", "none-dense-shared_expert", "tied-sequential", "qwen", "olmoe"],
 )
 def test_losses_and_gradients_are_those_of_the_formulas(changes):
     changes = merged(SMALL, changes)
     config, _ = config_of(changes)
     model = model_of(changes).train()
+    perturb_vectors(model)
     tokens = tokens_of(0, 2, config.model.sequence_length)
     losses = model(tokens)
     plain = Plain(model, config)
@@ -153,7 +190,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(changes):
     compared = 0
     for name, parameter in model.named_parameters():
         reference = plain.weights[name.removeprefix("gpt.")].grad
-        if "router.null_weight" in name and config.moe.router.normalize == "true_experts":
+        if "router.null_weight" in name and config.moe.router.normalize in ("true_experts", "all_true"):
             assert parameter.grad.count_nonzero() == 0
             continue
         assert float(reference.norm()) > 1e-4, f"{name} shows nothing"

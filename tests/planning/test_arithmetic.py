@@ -35,6 +35,11 @@ def groups():
         {"model": {"num_query_groups": 2, "tie_embeddings": True}},
         {"moe": {"layer_frequency": 2, "shared_expert_hidden_size": 24}},
         {"moe": {"num_null_experts": 0, "top_k": 2}},
+        {
+            "model": {"num_query_groups": 2, "head_dim": 24, "qk_norm": "head", "qkv_bias": True},
+            "moe": {"dense_layers": [0], "shared_expert_hidden_size": 24, "shared_expert_gate": True},
+        },
+        {"model": {"num_query_groups": 2, "head_dim": 10, "qk_norm": "all"}, "moe": {"dense_layers": [1]}},
         {"moe": {"router": {"null_init": "shared"}}},
         {"moe": {"null_types": {"identity": 2, "constant": 3}, "router": {"gating_residual": True}}},
     ],
@@ -64,6 +69,15 @@ def test_active_parameters_and_flops_follow_the_load() -> None:
     assert flops_per_token(config, counted, 2.0) - flops_per_token(config, counted, 1.0) == (
         6 * config.model.num_layers * one_expert
     )
+
+
+def test_flops_of_attention_follow_the_heads_width() -> None:
+    """Per layer: two products of scores and values over the causal half, each 2 x heads x width a token and key."""
+    wide = config_from_dict(merged(BASE, {"model": {"head_dim": 48}}))
+    counted, model = count_parameters(wide, VOCAB), wide.model
+    scores = 2 * 2 * model.num_attention_heads * 48 * model.sequence_length / 2 * model.num_layers
+    products = 2 * (counted.active(1.5) - counted.embedding)
+    assert flops_per_token(wide, counted, 1.5) == 3 * (products + scores)
 
 
 def test_memory_of_a_rank_by_stage_and_layout() -> None:
@@ -117,6 +131,10 @@ def test_memory_of_a_rank_in_every_degree() -> None:
     assert weights(2, pipeline=2, expert=1) == last + expert
     assert weights(4, pipeline=2, tensor=2, expert=1) == (layers + embedding) / 2 + 2 * norms + router + width + expert
     assert weights(4, pipeline=2, expert_tensor=2, expert=1) == last + expert / 2
+    no_frequency = {"moe": {"layer_frequency": 1, "dense_layers": [0, 2]}}
+    by_name = config_from_dict(merged(merged(tree, no_frequency), {"parallel": {"pipeline": 2, "expert": 1}}))
+    counted = count_parameters(by_name, VOCAB)
+    assert rank_memory(by_name, resolve(by_name, 2), counted, "fp32").weights / 4 == last + expert
     assert weights(2, tensor=2, expert=2) == layers + embedding + 4 * norms + 2 * router + width + expert
 
 

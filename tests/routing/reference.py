@@ -51,6 +51,8 @@ def column_weights(
             mass = {column: mass[column] / total for column in chosen}
     elif normalize == "none":
         mass = dict(enumerate(softmax(row)))
+    elif normalize == "all_true":
+        mass = dict(enumerate(softmax(row[:num_true])))
     else:
         mass = dict(zip(chosen, softmax([row[column] for column in chosen]), strict=True))
     working = [column for column in chosen if column < num_true or column >= len(row) - num_with_output]

@@ -9,7 +9,7 @@ from adamoe_dist.routing import select
 from tests.routing import reference
 from tests.routing.examples import distinct_logits, some_padding
 
-MODES = ("true_experts", "all_selected", "none")
+MODES = ("true_experts", "all_selected", "all_true", "none")
 
 
 def check_forward(logits, num_true, k, mode, padding):
@@ -132,6 +132,29 @@ def test_weights_sum_to_one_where_a_token_has_a_true_expert():
     torch.testing.assert_close(selection.probs_TE.sum(dim=1), used.double())
 
 
+def test_null_experts_take_no_share_of_all_true_weights():
+    """What null experts do not displace keeps the weight it has in the model without them, and no null row learns."""
+    logits = distinct_logits(64, 24, seed=4).float()
+    leaf = logits.clone().requires_grad_()
+    mixed, alone = select(leaf, 8, 4, "all_true"), select(logits[:, :8], 8, 4, "none")
+    kept_TE = mixed.routing_map_TE & alone.routing_map_TE
+    assert kept_TE.any() and not torch.equal(mixed.routing_map_TE, alone.routing_map_TE)
+    assert torch.equal(mixed.probs_TE[kept_TE], alone.probs_TE[kept_TE])
+    mixed.probs_TE.square().sum().backward()
+    assert leaf.grad[:, 8:].eq(0).all() and leaf.grad[:, :8].count_nonzero()
+
+
+def test_all_true_without_null_experts_is_none_to_the_bit():
+    logits = (distinct_logits(64, 8, seed=9) * 30).float()
+    results = []
+    for mode in ("all_true", "none"):
+        leaf = logits.clone().requires_grad_()
+        selection = select(leaf, 8, 3, mode)
+        selection.probs_TE.square().sum().backward()
+        results.append((selection.probs_TE, selection.top_indices_TK, leaf.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
 def test_nothing_of_size_tokens_times_slots_times_experts_is_allocated():
     logits = torch.randn(64, 48, requires_grad=True)
     sizes = []
@@ -145,5 +168,7 @@ def test_impossible_shapes_and_low_precision_are_refused():
         select(torch.zeros(2, 4), 2, 5, "none")
     with pytest.raises(AssertionError, match="5 true experts of 4"):
         select(torch.zeros(2, 4), 5, 2, "none")
+    with pytest.raises(AssertionError, match="sigmoid"):
+        select(torch.zeros(2, 4), 2, 2, "all_true", score_function="sigmoid")
     with pytest.raises(AssertionError, match="bfloat16"):
         select(torch.zeros(2, 4, dtype=torch.bfloat16), 2, 2, "none")
