@@ -8,16 +8,20 @@ from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
 from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
+from adamoe_dist.checkpoint.regions import RegionReader
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
 from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes
 from adamoe_dist.checkpoint.snapshot import Snapshot, take_snapshot
+from adamoe_dist.checkpoint.weights_writer import WeightsWriter
 
 __all__ = [
     "CheckpointError",
     "CheckpointSaver",
+    "RegionReader",
     "Retention",
     "SaveTimes",
     "Snapshot",
+    "WeightsWriter",
     "bytes_to_copy",
     "changed_keys",
     "check_compatible",

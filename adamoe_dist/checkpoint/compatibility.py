@@ -17,6 +17,7 @@ from adamoe_dist.config import (
 from adamoe_dist.errors import UserError
 
 FINGERPRINT = "tokenizer_fingerprint"
+WEIGHTS_ONLY = "weights_only"
 _TARGET_LOAD = "moe.router.target_load"
 
 
@@ -50,7 +51,7 @@ def check_compatible(
         path: the checkpoint directory.
         config: this run's resolved tree.
         tokenizer_fingerprint: of this run's tokenizer, compared with ``tokenizer_fingerprint`` in the checkpoint's
-            state; None skips the comparison.
+            state; None, here or there, skips the comparison.
         weights_only: compare only what the weights depend on: a new run starts from them.
         samples: the identity of this run's training samples, compared with ``data`` in the checkpoint's state; None
             skips the comparison.
@@ -61,10 +62,13 @@ def check_compatible(
     Raises:
         UserError: naming every key that differs and may not, with both values.
     """
+    if not weights_only:
+        _require_moments(path)
     found = _differing_keys(read_config(path), config, weights_only)
     state = read_state(path) if tokenizer_fingerprint is not None or samples is not None else {}
-    if tokenizer_fingerprint is not None and state.get(FINGERPRINT, ABSENT) != tokenizer_fingerprint:
-        found.append(Difference(FINGERPRINT, state.get(FINGERPRINT, ABSENT), tokenizer_fingerprint, False))
+    fingerprint = state.get(FINGERPRINT, ABSENT)
+    if tokenizer_fingerprint is not None and fingerprint is not None and fingerprint != tokenizer_fingerprint:
+        found.append(Difference(FINGERPRINT, fingerprint, tokenizer_fingerprint, False))
     if samples is not None and not weights_only:
         found += _differing_samples(state.get("data", {}), samples)
     allowed = [] if weights_only else config.get("checkpoint", {}).get("allow_changes", [])
@@ -74,6 +78,15 @@ def check_compatible(
     if refused:
         raise UserError(_refusal(path, refused, weights_only))
     return [f"{ALLOW}: {key} {there} -> {here}" for key, there, here, _ in found]
+
+
+def _require_moments(path: Path) -> None:
+    """Refuse a checkpoint that no run has saved: it has no optimizer state and no place in any data."""
+    if read_state(path).get(WEIGHTS_ONLY):
+        raise UserError(
+            f"checkpoint {path} holds weights only, which a run cannot continue from; start a new run from them with "
+            f"checkpoint.load_weights={path}"
+        )
 
 
 def _differing_keys(saved: dict[str, Any], config: dict[str, Any], weights_only: bool) -> list[Difference]:

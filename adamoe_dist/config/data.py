@@ -27,5 +27,9 @@ class DataConfig:
         [], "Training sets: a list of {path: PREFIX of PREFIX.bin/.idx, weight: share of the samples}."
     )
     validation: list[dict[str, Any]] = key([], "Validation sets, in the same form; weights are ignored; may be empty.")
-    tokenizer: str = key("", "Tokenizer directory (or .model file) that prepared the data.")
+    tokenizer: str = key(
+        "",
+        "Tokenizer that prepared the data: a directory (of train_tokenizer.py, or in Hugging Face's format with "
+        "tokenizer.json), or a SentencePiece .model file.",
+    )
     prepare: PrepareConfig = section(PrepareConfig, "Preparation of missing data.")

@@ -38,9 +38,15 @@ class ModelConfig:
     norm_epsilon: float = key(1e-5, "Epsilon of RMSNorm.", above=0)
     tie_embeddings: bool = key(False, "Use the input embedding as output layer too.")
     init_std: float = key(0.02, "Standard deviation of the initial weights.", above=0)
+    vocab_size: int | None = key(
+        None,
+        "Rows of the embedding before padding, at least as many as the tokenizer has ids; null: as many (a model from "
+        "elsewhere may have more).",
+        at_least=1,
+    )
     vocab_size_multiple: int = key(
         128,
-        "The tokenizer's vocabulary is padded to a multiple of this (aligned matrix products).",
+        "The vocabulary is padded to a multiple of this (aligned matrix products).",
         at_least=1,
     )
 

@@ -19,6 +19,7 @@ from adamoe_dist.config.run import RunConfig
 from adamoe_dist.config.schedule import ScheduleConfig
 from adamoe_dist.config.train import TrainConfig
 from adamoe_dist.config.zero import ZeroConfig
+from adamoe_dist.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -64,9 +65,22 @@ class Config:
         return self.moe.top_k if self.moe.num_null_experts == 0 else 2
 
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Round a tokenizer's vocabulary up to ``model.vocab_size_multiple``."""
+        """Round a vocabulary up to ``model.vocab_size_multiple``.
+
+        Args:
+            vocab_size: the tokenizer's; ``model.vocab_size``, where it is set, takes its place.
+
+        Raises:
+            UserError: the tokenizer has more ids than the embedding is to have rows.
+        """
+        rows = self.model.vocab_size
+        if rows is not None and vocab_size > rows:
+            raise UserError(
+                f"model.vocab_size={rows} is less than the {vocab_size} ids of data.tokenizer={self.data.tokenizer}; "
+                "raise it, or use the tokenizer that the model was made with"
+            )
         multiple = self.model.vocab_size_multiple
-        return -(-vocab_size // multiple) * multiple
+        return -(-(rows or vocab_size) // multiple) * multiple
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as plain mappings."""

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from adamoe_dist.data.prepare import PreparationSummary, prepare_corpus
     from adamoe_dist.data.standard_library import STANDARD_LIBRARY
     from adamoe_dist.data.storage import PartInfo, read_info
-    from adamoe_dist.data.tokenizer import TextTokenizer, Tokenizer
+    from adamoe_dist.data.tokenizer import Tokenizer
+    from adamoe_dist.data.tokenizer_huggingface import HuggingFaceTokenizer
+    from adamoe_dist.data.tokenizer_sentencepiece import SentencePieceTokenizer
     from adamoe_dist.data.tokenizer_training import TrainingSummary, train_tokenizer
 
 __all__ = [
@@ -22,10 +24,11 @@ __all__ = [
     "BatchStream",
     "BlendedSamples",
     "Document",
+    "HuggingFaceTokenizer",
     "PartInfo",
     "PreparationSummary",
     "Samples",
-    "TextTokenizer",
+    "SentencePieceTokenizer",
     "TokenDataset",
     "Tokenizer",
     "TrainingSummary",
@@ -46,7 +49,9 @@ _HOMES = {
     "prepare": ("PreparationSummary", "prepare_corpus"),
     "standard_library": ("STANDARD_LIBRARY",),
     "storage": ("PartInfo", "read_info"),
-    "tokenizer": ("TextTokenizer", "Tokenizer"),
+    "tokenizer": ("Tokenizer",),
+    "tokenizer_huggingface": ("HuggingFaceTokenizer",),
+    "tokenizer_sentencepiece": ("SentencePieceTokenizer",),
     "tokenizer_training": ("TrainingSummary", "train_tokenizer"),
 }
 

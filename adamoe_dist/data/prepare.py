@@ -26,7 +26,7 @@ from adamoe_dist.console import progress
 from adamoe_dist.data.corpus import Document, corpus_bytes, iterate_documents, validate_inputs
 from adamoe_dist.data.outputs import refuse_existing, require_writable
 from adamoe_dist.data.storage import PartInfo, PartWriter, part_files, remove_part, token_dtype
-from adamoe_dist.data.tokenizer import TextTokenizer
+from adamoe_dist.data.tokenizer import Tokenizer
 from adamoe_dist.errors import UserError
 
 TRAIN = "train"
@@ -57,7 +57,7 @@ class PreparationSummary:
 
 def prepare_corpus(
     inputs: Sequence[str],
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     output_prefix: str | Path,
     *,
     workers: int = 1,
@@ -166,7 +166,7 @@ def _hash(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest(), "little")
 
 
-def _encode_documents(tokenizer: TextTokenizer, texts: list[str]) -> list[NDArray[Any]]:
+def _encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[Any]]:
     dtype = token_dtype(tokenizer.vocab_size)
     return [np.array([*tokenizer.encode(text), tokenizer.eod_id], dtype=dtype) for text in texts]
 
@@ -185,7 +185,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _tokenised(
-    documents: Iterable[Document], tokenizer: TextTokenizer, workers: int
+    documents: Iterable[Document], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[Document, NDArray[Any]]]:
     """Yield each document with its tokens, in the order of the corpus."""
     if workers == 1:
@@ -214,7 +214,7 @@ def _tokenised(
 _worker_encode: Encode | None = None
 
 
-def _start_worker(tokenizer: TextTokenizer) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_encode
     _worker_encode = partial(_encode_documents, tokenizer)
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.

@@ -1,161 +1,116 @@
-"""The SentencePiece tokenizer: loading, and encoding that loses nothing."""
+"""What the project needs of a tokenizer, whatever made it."""
 
-import hashlib
-import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
-
-import sentencepiece
+from typing import Any
 
 from adamoe_dist.errors import UserError
 
-MODEL_FILE = "tokenizer.model"
-INFO_FILE = "tokenizer_info.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+OWN_CLASS = "AdaMoETokenizer"
+"""The class that exports of a SentencePiece tokenizer name: what decides their ids is the model file."""
 
-# SentencePiece writes a space as this character and turns it back on decoding, so that a text which has the
-# character itself needs help to survive.
-_SPACE_MARK = "\u2581"
-_LOSSLESS_PROBE = "  x \n\t y\n"
-_CHUNK_CHARACTERS = 65536
-_LINE_START = re.compile(r"(?<=\n)(?!\n)")
+Message = dict[str, Any]
 
 
-class TextTokenizer(Protocol):
-    """What the rest of the project needs of a tokenizer. Instances must survive pickling."""
+class Tokenizer(ABC):
+    """Text to ids and back. Instances survive pickling, whatever becomes of the files that they were read from."""
+
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        """Load a tokenizer.
+
+        Args:
+            path: a directory that ``train_tokenizer`` wrote, a SentencePiece model file, or a directory in Hugging
+                Face's format: ``tokenizer.json`` or another vocabulary, and ``tokenizer_config.json``.
+
+        Raises:
+            UserError: there is no tokenizer at ``path``, or it cannot be used.
+        """
+        given = Path(path)
+        if given.is_dir() and _is_huggingface(given):
+            from adamoe_dist.data.tokenizer_huggingface import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer.from_directory(given)
+        file = given / SENTENCEPIECE_FILE if given.is_dir() else given
+        if file.name == HUGGINGFACE_FILES[0]:
+            raise UserError(
+                f"tokenizer {path} is one file of a Hugging Face tokenizer; name its directory {given.parent}"
+            )
+        if not file.is_file():
+            raise UserError(
+                f"tokenizer {path}: there is no {file}; make one with tools/train_tokenizer.py --input PATH "
+                f"--vocab-size N --output {given}, or name a directory with {HUGGINGFACE_FILES[0]}"
+            )
+        from adamoe_dist.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+        return SentencePieceTokenizer.from_file(file)
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """Number of token ids: the highest and one."""
 
     @property
+    @abstractmethod
     def eod_id(self) -> int:
         """The id that ends a document."""
 
     @property
+    @abstractmethod
+    def bos_id(self) -> int | None:
+        """The id that begins a sequence, where there is one."""
+
+    @property
+    @abstractmethod
+    def pad_id(self) -> int | None:
+        """The padding id, where there is one."""
+
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digest of everything that decides how text is cut."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, without an end-of-document id."""
+    @property
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """The files that it consists of, by name: what :meth:`load` needs, and all of it."""
 
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, without any that begin or end a sequence."""
+
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``."""
 
-
-class Tokenizer:
-    """A SentencePiece model.
-
-    A model that ``train_tokenizer`` made is lossless: ``decode(encode(text)) == text`` for every text that
-    UTF-8 can hold. Other models keep what they keep.
-    """
-
-    def __init__(self, model: bytes, name: str = MODEL_FILE) -> None:
-        """Take the contents of a model file.
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> Any:
+        """Return what the tokenizer's chat template makes of a conversation.
 
         Args:
-            model: the serialized model.
-            name: what messages call it.
+            messages: ``{"role": ..., "content": ...}`` each.
+            **options: those of transformers' method of this name.
 
         Raises:
-            UserError: it is no SentencePiece model, or it has no end-of-sequence id.
+            UserError: the tokenizer has no chat template.
         """
-        self._model = model
-        self._name = name
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"tokenizer {name} is not a SentencePiece model; train it again") from error
-        if self._processor.eos_id() < 0:
-            raise UserError(f"tokenizer {name} has no end-of-sequence id; train one with tools/train_tokenizer.py")
-        self._fingerprint = hashlib.sha256(model).hexdigest()
-        self._lossless = self.decode(self._processor.encode(_LOSSLESS_PROBE)) == _LOSSLESS_PROBE
-        self._cuts_at_lines = self._lossless and not any(
-            piece.strip("\n") and "\n" in piece for piece in self._pieces()
+        raise UserError(
+            "a SentencePiece tokenizer has no chat template; use a Hugging Face tokenizer that has one, or texts "
+            "without roles"
         )
-        self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a directory that ``train_tokenizer`` wrote, or a SentencePiece model file.
+    def save(self, directory: Path) -> None:
+        """Write its files into ``directory``, which is made where it is missing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
 
-        Raises:
-            UserError: there is no model at ``path``, or it cannot be used.
-        """
-        given = Path(path)
-        file = given / MODEL_FILE if given.is_dir() else given
-        if not file.is_file():
-            raise UserError(
-                f"tokenizer {path}: there is no {file}; make one with "
-                f"tools/train_tokenizer.py --input PATH --vocab-size N --output {given}"
-            )
-        return cls(file.read_bytes(), str(file))
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes, str]]:
-        return Tokenizer, (self._model, self._name)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return int(self._processor.vocab_size())
-
-    @property
-    def eod_id(self) -> int:
-        """The id that ends a document: the model's end-of-sequence id."""
-        return int(self._processor.eos_id())
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that begins a sequence, where the model has one."""
-        return self._optional(self._processor.bos_id())
-
-    @property
-    def pad_id(self) -> int | None:
-        """The padding id, where the model has one."""
-        return self._optional(self._processor.pad_id())
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the model file, in hexadecimal."""
-        return self._fingerprint
-
-    @property
-    def model(self) -> bytes:
-        """The contents of the model file, for copies beside a checkpoint."""
-        return self._model
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, without an end-of-document id."""
-        if not self._lossless or self._mark_ids[0] == self._processor.unk_id():
-            return list(self._processor.encode(text))
-        ids: list[int] = []
-        for index, part in enumerate(text.split(_SPACE_MARK)):
-            if index:
-                ids.extend(self._mark_ids)
-            for chunk in self._chunks(part):
-                ids.extend(self._processor.encode(chunk))
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ``ids``; bytes that are not UTF-8 become the replacement character."""
-        return str(self._processor.decode(ids))
-
-    def _chunks(self, text: str) -> list[str]:
-        """Cut a long text, whose cost grows faster than its length, at line starts: no piece crosses them."""
-        if len(text) <= _CHUNK_CHARACTERS or not self._cuts_at_lines:
-            return [text]
-        chunks = []
-        start = 0
-        while len(text) - start > _CHUNK_CHARACTERS:
-            cut = _LINE_START.search(text, start + _CHUNK_CHARACTERS)
-            if cut is None:
-                break
-            chunks.append(text[start : cut.start()])
-            start = cut.start()
-        return [*chunks, text[start:]]
-
-    def _pieces(self) -> list[str]:
-        return [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
-
-    @staticmethod
-    def _optional(token_id: int) -> int | None:
-        return token_id if token_id >= 0 else None
+def _is_huggingface(directory: Path) -> bool:
+    present = [directory / name for name in HUGGINGFACE_FILES if (directory / name).is_file()]
+    is_own = (directory / SENTENCEPIECE_FILE).is_file() and any(
+        file.name == HUGGINGFACE_FILES[1] and OWN_CLASS.encode() in file.read_bytes() for file in present
+    )
+    return bool(present) and not is_own

@@ -14,7 +14,7 @@ import sentencepiece
 
 from adamoe_dist.data.corpus import Document
 from adamoe_dist.data.outputs import refuse_existing, require_writable
-from adamoe_dist.data.tokenizer import INFO_FILE, MODEL_FILE, Tokenizer
+from adamoe_dist.data.tokenizer_sentencepiece import INFO_FILE, MODEL_FILE, SentencePieceTokenizer
 from adamoe_dist.errors import UserError
 
 DEFAULT_MAX_BYTES = 8_000_000
@@ -123,7 +123,7 @@ def train_tokenizer(
     for document in documents:
         sample.add(document.text)
     model = _train_model(sample, options)
-    tokenizer = Tokenizer(model)
+    tokenizer = SentencePieceTokenizer(model)
     summary = TrainingSummary(
         sample.documents, sample.seen_bytes, sample.kept_bytes, tokenizer.vocab_size, tokenizer.fingerprint
     )

@@ -236,9 +236,7 @@ class AdaMoEAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*hidden_BSH.shape[:-1], -1)), weights
 
     def _heads(self, projected: Tensor, norm: nn.Module | None) -> Tensor:

@@ -171,7 +171,11 @@ def ranked_top_k(scores_TA: Tensor, top_k: int) -> Tensor:
 
 @torch.no_grad()
 def biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tensor) -> Tensor:
-    """What `select` chooses by where there is a bias (T, A): scores, the true experts' plus bias.
+    """What `select` chooses by where there is a bias (T, A): scores, the true experts' plus bias, all less the largest.
+
+    Less the largest bias, a bias that is the same for all leaves the true experts' scores as they are, to the bit, and
+    so their order: 1 for all shuts every zero expert out of a model that has none and changes nothing else. Ties go to
+    the lower column, and no score of a null expert, at most 1, less 1 is above a true one's.
 
     The CPU's fp32 sigmoid rounds an element by its place in memory, hence by the batch; rounding an fp64 one does
     not.
@@ -180,7 +184,9 @@ def biased_scores(logits_TA: Tensor, score_function: ScoreFunction, bias_E: Tens
         scores_TA = torch.softmax(logits_TA, dim=1)
     else:
         scores_TA = torch.sigmoid(logits_TA.double()).to(logits_TA.dtype)
-    return scores_TA + F.pad(bias_E.to(scores_TA.dtype), (0, scores_TA.shape[1] - bias_E.shape[0]))
+    bias_E = bias_E.to(scores_TA.dtype)
+    bias_A = F.pad(bias_E, (0, scores_TA.shape[1] - bias_E.shape[0]))
+    return scores_TA + (bias_A - bias_E.max())
 
 
 def _softmax_weights(scores_TK: Tensor, dropped_TK: Tensor, normalize: Normalize) -> Tensor:

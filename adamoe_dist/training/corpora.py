@@ -70,6 +70,7 @@ def open_corpora(config: Config) -> Corpora:
             data for one batch.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
+    config.padded_vocab_size(tokenizer.vocab_size)  # refuses a tokenizer with more ids than the embedding has rows
     length, seed = config.model.sequence_length, config.run.seed
     train = [TokenDataset(entry["path"], length, seed) for entry in config.data.train]
     validation = [TokenDataset(entry["path"], length, seed, shuffle=False) for entry in config.data.validation]

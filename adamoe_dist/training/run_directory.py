@@ -13,8 +13,10 @@ from typing import Any
 from adamoe_dist import __version__
 from adamoe_dist.checkpoint import has_checkpoints
 from adamoe_dist.config import Config
+from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
+TOKENIZER = "tokenizer"
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformer-engine", "sentencepiece", "tensorboard", "numpy")
 
 
@@ -48,6 +50,11 @@ def create_run_directory(config: Config) -> None:
     (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     text = json.dumps(environment(), indent=2) + "\n"
     (config.run_dir / "environment.json").write_text(text, encoding="utf-8")
+
+
+def keep_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Copy the run's tokenizer beside its checkpoints, which know it by its fingerprint only. On one rank."""
+    tokenizer.save(config.run_dir / TOKENIZER)
 
 
 def environment() -> dict[str, Any]:

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from adamoe_dist.data import TextTokenizer
+from adamoe_dist.data import Tokenizer
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.recorder import Recorder
@@ -14,7 +14,7 @@ TEMPERATURE = 0.8
 
 
 @torch.no_grad()
-def sample_text(trainer: Trainer, tokenizer: TextTokenizer, prompt: str, new_tokens: int) -> str:
+def sample_text(trainer: Trainer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> str:
     """Continue ``prompt`` by ``new_tokens`` tokens. Collective: ranks share experts, so all of them compute.
 
     Every rank draws the same tokens, from the same scores and a generator seeded by ``run.seed`` and the step.
@@ -34,7 +34,7 @@ def sample_text(trainer: Trainer, tokenizer: TextTokenizer, prompt: str, new_tok
 class SampleWriter(Callback):
     """Generates a text at the end of the run, logs it and adds it to TensorBoard."""
 
-    def __init__(self, tokenizer: TextTokenizer, recorder: Recorder) -> None:
+    def __init__(self, tokenizer: Tokenizer, recorder: Recorder) -> None:
         self._tokenizer = tokenizer
         self._recorder = recorder
 

@@ -32,7 +32,13 @@ from adamoe_dist.training.corpora import Corpora, open_corpora, prepare_missing
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.recorder import Recorder
-from adamoe_dist.training.run_directory import check_run_directory, checkpoint_root, create_run_directory, environment
+from adamoe_dist.training.run_directory import (
+    check_run_directory,
+    checkpoint_root,
+    create_run_directory,
+    environment,
+    keep_tokenizer,
+)
 from adamoe_dist.training.sampling import SampleWriter
 from adamoe_dist.training.spikes import SpikeReporter
 from adamoe_dist.training.summary import Summary
@@ -77,9 +83,11 @@ def _check_before_groups(config: Config, resolved: Resolved, launch: Launch) -> 
         check_flex(config.moe.dispatcher.flex_backend)
     source = _start_checkpoint(config)
     prepare_missing(config)
-    notes = _check_start(config, resolved, source, open_corpora(config))
+    corpora = open_corpora(config)
+    notes = _check_start(config, resolved, source, corpora)
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
+    keep_tokenizer(config, corpora.tokenizer)
     _log_to_file(config.run_dir / "log.txt")
     for note in notes:
         logger.info("%s", note)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from adamoe_dist.data import Document, Tokenizer, train_tokenizer
+from adamoe_dist.data import Document, SentencePieceTokenizer, Tokenizer, train_tokenizer
 from adamoe_dist.data.tokenizer_training import TextSample
 from adamoe_dist.errors import UserError
 from tests.data.conftest import words
@@ -49,14 +49,14 @@ def test_round_trip_of_random_text(tokenizer: Tokenizer) -> None:
 def test_long_text_is_cut_where_no_token_crosses(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = words(1, 3000) + "\n\n\n\n  " + words(2, 10)
     whole = tokenizer.encode(text)
-    monkeypatch.setattr("adamoe_dist.data.tokenizer._CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr("adamoe_dist.data.tokenizer_sentencepiece._CHUNK_CHARACTERS", 50)
     assert len(tokenizer._chunks(text)) > 100
     assert "".join(tokenizer._chunks(text)) == text
     assert tokenizer.encode(text) == whole
 
 
 def test_text_without_line_ends_is_not_cut(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adamoe_dist.data.tokenizer._CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr("adamoe_dist.data.tokenizer_sentencepiece._CHUNK_CHARACTERS", 50)
     assert tokenizer._chunks("x" * 1000) == ["x" * 1000]
 
 
@@ -166,6 +166,6 @@ def test_other_models_are_used_as_they_are() -> None:
     model = foreign_model(model_type="bpe")
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     text = "  hello \u2581world\n\nfoo"
-    assert Tokenizer(model).encode(text) == processor.encode(text)
+    assert SentencePieceTokenizer(model).encode(text) == processor.encode(text)
     with pytest.raises(UserError, match=r"mine has no end-of-sequence id"):
-        Tokenizer(foreign_model(model_type="bpe", eos_id=-1), "mine")
+        SentencePieceTokenizer(foreign_model(model_type="bpe", eos_id=-1), "mine")

@@ -18,7 +18,7 @@ scores get their gradient from the weights instead."""
 
 @dataclass(frozen=True)
 class Variant:
-    """Keys of ``moe``, and whether the shared expert has Megatron's gate."""
+    """Keys of ``moe``, and whether the shared expert has a gate."""
 
     moe: dict[str, Any] = field(default_factory=dict)
     gate: bool = False
@@ -35,8 +35,9 @@ def layer_in(layout: Layout, variant: Variant, nodes: tuple[int, ...] = ()) -> A
     platform.seed_everything(3, deterministic=False)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
     is_baseline = variant.moe.get("router", {}).get("type") == "topk"
+    moe = merged(variant.moe, {"shared_expert_gate": variant.gate})
     changes = {
-        "moe": variant.moe if is_baseline else merged(NO_LOSSES, variant.moe),
+        "moe": moe if is_baseline else merged(NO_LOSSES, moe),
         "model": {"init_std": 0.3},
         "parallel": {"expert": layout.expert},
     }
@@ -45,7 +46,6 @@ def layer_in(layout: Layout, variant: Variant, nodes: tuple[int, ...] = ()) -> A
     megatron.tensor_model_parallel_size = layout.tensor
     megatron.sequence_parallel = layout.tensor > 1
     megatron.expert_tensor_parallel_size = layout.expert_tensor
-    megatron.moe_shared_expert_gate = variant.gate
     layer = AdaMoELayer(megatron, layer_number=1)
     layer.set_layer_number(1)
     generator = torch.Generator().manual_seed(8)

@@ -24,12 +24,23 @@ HELD = {
     "optimizer": {"learning_rate": 1e-3},
     "train": {"micro_batch_size": 1},
 }
+FAMILY = {
+    "model": {"num_query_groups": 2, "head_dim": 12, "qk_norm": "all", "qkv_bias": True},
+    "moe": {
+        "dense_layers": [1],
+        "shared_expert_hidden_size": 16,
+        "shared_expert_gate": True,
+        "router": {"normalize": "all_true"},
+    },
+}
 PLACES = {
     "alone": (1, Layout(changes=HELD)),
     "data 2": (2, Layout(changes=HELD)),
     "expert 2": (2, Layout(expert_parallel=2, changes=HELD)),
     "expert 4": (4, Layout(expert_parallel=4, changes=HELD)),
     "tensor 2": (2, Layout("auto", changes=merged(HELD, {"parallel": {"tensor": 2}}))),
+    "family, alone": (1, Layout(changes=merged(HELD, FAMILY))),
+    "family, tensor 2": (2, Layout("auto", changes=merged(HELD, merged(FAMILY, {"parallel": {"tensor": 2}})))),
     "pipeline 2": (2, Layout(stage=2, changes=merged(HELD, {"model": {"num_layers": 4}, "parallel": {"pipeline": 2}}))),
     "alone, 4 layers": (1, Layout(changes=merged(HELD, {"model": {"num_layers": 4}}))),
     "stage 2": (2, Layout(expert_parallel=2, stage=2, changes=HELD)),
@@ -41,12 +52,18 @@ MOVES = [
     ("data 2", "alone"),
     ("alone", "data 2"),
     ("tensor 2", "alone"),
+    ("family, tensor 2", "family, alone"),
     ("pipeline 2", "alone, 4 layers"),
     ("expert 2", "stage 2"),
     ("stage 2", "stage 3"),
     ("stage 3", "expert 2"),
 ]
-QUICK = [("tensor 2", "alone"), ("pipeline 2", "alone, 4 layers"), ("stage 2", "stage 3")]
+QUICK = [
+    ("tensor 2", "alone"),
+    ("family, tensor 2", "family, alone"),
+    ("pipeline 2", "alone, 4 layers"),
+    ("stage 2", "stage 3"),
+]
 """Data 2 to alone is in the test of the data's order."""
 
 

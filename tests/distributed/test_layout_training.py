@@ -1,4 +1,4 @@
-"""What the matrix leaves out, under each degree: padding, the target load, and Megatron's own router."""
+"""What the matrix leaves out, under each degree: padding, the target load, Megatron's own router, HF families."""
 
 import pytest
 import torch
@@ -18,6 +18,17 @@ TARGET = {
     "moe": {"router": {"target_load": 1.2, "balance": {"type": "none"}}},
     "schedule": {"total_steps": 100},
 }
+FAMILIES = {
+    "heads normed": {
+        "model": {"num_query_groups": 2, "head_dim": 12, "qk_norm": "head", "qkv_bias": True, "ffn_hidden_size": 40},
+        "moe": {"dense_layers": [0], "shared_expert_gate": True, "router": {"normalize": "all_true"}},
+    },
+    "heads normed together": {
+        "model": {"num_query_groups": 2, "head_dim": 12, "qk_norm": "all", "ffn_hidden_size": 40},
+        "moe": {"dense_layers": [1, 2], "shared_expert_gate": True},
+    },
+}
+"""What models that other families bring have besides: head widths, norms, biases, gates, dense layers."""
 NULL_OUTPUTS = {"moe": {"null_types": {"identity": 1, "constant": 1}}}
 
 
@@ -69,3 +80,16 @@ def test_null_experts_with_an_output_train_alike(ranks_of, layout):
     for name, gradient in single.gradients.items():
         scale = single.gradients[name.replace("mixture_weight", "constant")]
         assert apart(outcomes[0].gradients[name], gradient, scale) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "layout", ["TP2 EP2", "CP2", "PP2", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("EP2", "TP2 x PP2"))]
+)
+def test_other_families_layers_train_alike(ranks_of, layout, family):
+    """Vectors start at 1 and 0 and move in training, so that later losses show a norm or a bias that is not used."""
+    changes = merged(FAMILIES[family], {"zero": {"stage": 1}})
+    single, _, found = assert_alike(ranks_of, changes, layout)
+    assert found.gradients < 1e-5
+    for name, weight in single.weights.items():
+        assert not torch.equal(weight, single.initial[name]), f"{name} does not learn"

@@ -17,7 +17,11 @@ SMALL = {
         "rotary_base": 500,
         "vocab_size_multiple": 32,
     },
-    "moe": {"num_experts": 6, "num_null_experts": 4, "router": {"balance": {"type": "none"}, "z_loss_coefficient": 0.0}},
+    "moe": {
+        "num_experts": 6,
+        "num_null_experts": 4,
+        "router": {"balance": {"type": "none"}, "z_loss_coefficient": 0.0},
+    },
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},

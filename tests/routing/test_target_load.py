@@ -20,7 +20,7 @@ from adamoe_dist.routing import (
 from tests.routing import reference
 from tests.routing.examples import distinct_logits, some_padding
 
-MODES = ("true_experts", "all_selected", "none")
+MODES = ("true_experts", "all_selected", "all_true", "none")
 
 
 def slow_rule(
@@ -86,7 +86,7 @@ def test_a_bias_selects_and_leaves_weights_and_gradients_alone(mode):
         table = []
         for row, columns in zip(rows, chosen, strict=True):
             true = [column for column in columns if column < 8]
-            scaled_over = {"true_experts": true, "all_selected": columns, "none": range(14)}[mode]
+            scaled_over = {"true_experts": true, "all_selected": columns, "all_true": range(8), "none": range(14)}[mode]
             mass = dict(zip(scaled_over, reference.softmax([row[c] for c in scaled_over]), strict=True)) if true else {}
             table.append([mass[expert] if expert in true else 0.0 for expert in range(8)])
         return table
@@ -114,6 +114,18 @@ def test_a_bias_of_zero_selects_as_none_does(mode):
     plain, biased = (select(logits, 8, 4, mode, padding, bias_E=bias) for bias in (None, torch.zeros(8).double()))
     assert torch.equal(plain.selected_TA, biased.selected_TA)
     assert torch.equal(plain.probs_TE, biased.probs_TE)
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_a_bias_of_one_shuts_null_experts_out_and_keeps_the_order_of_the_true_ones_to_the_bit(function):
+    """Scores as small as those of 512 experts: a 1 added to them would leave 24 bits of which theirs fill few."""
+    logits = 2 * torch.randn(4096, 1024, generator=torch.Generator().manual_seed(11))
+    logits[:64, 512:] += 200.0  # null scores of 1, true ones of 0
+    selection = select(logits, 512, 8, "true_experts", score_function=function, bias_E=torch.ones(512))
+    assert not selection.null_map_TN.any()
+    plain = biased_scores(logits, function, torch.zeros(512))[:, :512]
+    wanted = plain.sort(dim=1, descending=True, stable=True).indices[:, :8]
+    assert torch.equal(selection.top_indices_TK, wanted)
 
 
 def test_margins_are_the_smallest_common_moves_that_change_a_load():

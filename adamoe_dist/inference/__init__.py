@@ -1,0 +1,39 @@
+"""Using a model: opening it from any directory, generating text, and measuring it on text and on questions."""
+
+from adamoe_dist.inference.choices import NORMALISATIONS, ItemScore, choices_report, score_items
+from adamoe_dist.inference.evaluation import Evaluation, Inputs, Settings, compare, evaluate
+from adamoe_dist.inference.expert_use import ExpertUse, count_experts
+from adamoe_dist.inference.generation import Sample, Sampling, encode_chat, encode_prompt, generate
+from adamoe_dist.inference.items import QUESTION_TEMPLATE, Item, read_items, write_items
+from adamoe_dist.inference.opening import OpenedModel, longest_input, open_model
+from adamoe_dist.inference.perplexity import check_windows, cut_document, score_documents, text_report
+
+__all__ = [
+    "NORMALISATIONS",
+    "QUESTION_TEMPLATE",
+    "Evaluation",
+    "ExpertUse",
+    "Inputs",
+    "Item",
+    "ItemScore",
+    "OpenedModel",
+    "Sample",
+    "Sampling",
+    "Settings",
+    "check_windows",
+    "choices_report",
+    "compare",
+    "count_experts",
+    "cut_document",
+    "encode_chat",
+    "encode_prompt",
+    "evaluate",
+    "generate",
+    "longest_input",
+    "open_model",
+    "read_items",
+    "score_documents",
+    "score_items",
+    "text_report",
+    "write_items",
+]

@@ -1,0 +1,229 @@
+"""One way to open a model that is to be used: a Hugging Face directory, a checkpoint or a run directory."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamoe_dist import platform
+from adamoe_dist.errors import UserError
+
+HF_CONFIG = "config.json"
+CHECKPOINT_MANIFEST = "manifest.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+FALLBACK_CONTEXT = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """A model and its tokenizer, ready to be used.
+
+    Attributes:
+        model: a transformers model for causal language modelling, in evaluation mode.
+        tokenizer: its transformers tokenizer.
+        description: what was opened, in words, for reports.
+        reference_top_k: experts a token in the model that ``expert_flops_saved`` compares with; None: a dense model.
+    """
+
+    model: Any
+    tokenizer: Any
+    description: str
+    reference_top_k: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return torch.device(self.model.get_input_embeddings().weight.device)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model was made for, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT)
+
+    @property
+    def prefix_id(self) -> int:
+        """The id before the first token of a text: that of the beginning, else the one that ends documents.
+
+        Raises:
+            UserError: the tokenizer has neither.
+        """
+        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return int(token_id)
+        raise UserError(
+            f"the tokenizer of {self.description} has no bos_token and no eos_token, so that nothing can stand before "
+            "the first token of a text; name one in tokenizer_config.json"
+        )
+
+
+def open_model(
+    path: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None
+) -> OpenedModel:
+    """Open a model.
+
+    Args:
+        path: a directory in Hugging Face's format, a checkpoint, or a run directory, whose last complete checkpoint is
+            meant.
+        dtype: ``fp32``, ``bf16``, ``fp16``; ``auto``: as it was saved in a Hugging Face directory, else bf16 on CUDA
+            and fp32 on a CPU.
+        device: a torch device; ``auto``: the GPU, spread over several where there are (accelerate's device map), else
+            the CPU; or the name of one of accelerate's other maps (``balanced``, ``balanced_low_0``, ``sequential``).
+        tokenizer: a directory with another tokenizer.
+
+    Returns:
+        The model, in evaluation mode, without gradients.
+
+    Raises:
+        UserError: there is no model at ``path``, no tokenizer, or the two do not fit.
+    """
+    _check_choices(dtype, device)
+    given = _directory(path)
+    if _is_hugging_face(given):
+        return _open_hugging_face(given, dtype, device, tokenizer)
+    return _open_checkpoint(given, dtype, device, tokenizer)
+
+
+def longest_input(path: str | Path) -> int:
+    """Return the longest sequence that the model at ``path`` was made for, from its configuration alone.
+
+    Raises:
+        UserError: there is no model at ``path``.
+    """
+    given = _directory(path)
+    if _is_hugging_face(given):
+        return int(_read_hf_config(given).get("max_position_embeddings") or FALLBACK_CONTEXT)
+    platform.prepare()
+    from adamoe_dist.checkpoint import checkpoint_at, read_config
+
+    return int(read_config(checkpoint_at(str(given), "--checkpoint"))["model"]["sequence_length"])
+
+
+def _directory(path: str | Path) -> Path:
+    given = Path(path)
+    if not given.is_dir():
+        raise UserError(
+            f"--checkpoint {path} is not a directory; give a checkpoint, a run directory or a Hugging Face directory"
+        )
+    return given
+
+
+def _check_choices(dtype: str, device: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known; give auto, {', '.join(DTYPES)}")
+    if device == "auto" or device in DEVICE_MAPS:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(
+            f"--device {device} is no device; give auto, cpu, cuda, cuda:N or {', '.join(DEVICE_MAPS)}"
+        ) from error
+    if kind == "cuda" and not platform.is_cuda():
+        raise UserError(f"--device {device}: there is no CUDA device here; give --device cpu")
+
+
+def _placement(device: str) -> str | dict[str, str]:
+    """Return accelerate's device map for a device."""
+    if device in DEVICE_MAPS or (device == "auto" and platform.is_cuda() and torch.cuda.device_count() > 1):
+        return device
+    return {"": str(platform.device()) if device == "auto" else device}
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """Tell a Hugging Face directory from a checkpoint, which has a config.json of its own."""
+    return (path / HF_CONFIG).is_file() and not (path / CHECKPOINT_MANIFEST).exists()
+
+
+def _open_hugging_face(path: Path, dtype: str, device: str, tokenizer: str | None) -> OpenedModel:
+    from transformers import AutoModelForCausalLM
+
+    import adamoe_dist.hf  # noqa: F401  registers AdaMoE's classes, so that their copies in a directory are not run
+
+    config = _read_hf_config(path)
+    opened_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else path, f"--checkpoint {path}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES.get(dtype, "auto"),
+            device_map=_placement(device),
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--checkpoint {path} cannot be opened by transformers: {error}") from error
+    kind = config.get("model_type")
+    return _finish(model, opened_tokenizer, f"{path} ({kind})")
+
+
+def _read_hf_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / HF_CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / HF_CONFIG} is not JSON ({error}); export the model again") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(
+            f"{path / HF_CONFIG} names no model_type; give a checkpoint, a run directory or a Hugging Face directory"
+        )
+    return config
+
+
+def _load_tokenizer(path: Path, wanted_by: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise UserError(f"--tokenizer {path} is not a directory; give one with a tokenizer in Hugging Face's format")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError(
+            f"{wanted_by}: {path} has no tokenizer (tokenizer.json, or tokenizer_config.json and its vocabulary); copy "
+            "the model's tokenizer there, or name a directory with --tokenizer"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the tokenizer in {path} cannot be opened by transformers: {error}") from error
+
+
+def _open_checkpoint(path: Path, dtype: str, device: str, tokenizer: str | None) -> OpenedModel:
+    platform.prepare()
+    from adamoe_dist.checkpoint import checkpoint_at, read_config
+    from adamoe_dist.config import config_from_dict
+    from adamoe_dist.hf import model_from_checkpoint
+
+    source = checkpoint_at(str(path), "--checkpoint")
+    config = config_from_dict(read_config(source))
+    opened_tokenizer = _load_tokenizer(Path(tokenizer or config.data.tokenizer), f"--checkpoint {path}")
+    chosen = platform.compute_precision("auto") if dtype == "auto" else dtype
+    placement = _placement(device)
+    model = model_from_checkpoint(source, DTYPES[chosen], placement)
+    return _finish(model, opened_tokenizer, str(source), config.reference_top_k)
+
+
+def _finish(model: Any, tokenizer: Any, name: str, reference_top_k: int | None = None) -> OpenedModel:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer has {len(tokenizer)} ids, the model {vocab_size}; give the model's own tokenizer "
+            "with --tokenizer"
+        )
+    model.eval().requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    description = f"{name}, {parameters:,} parameters, {_words(model.dtype)} on {model.device}"
+    return OpenedModel(model, tokenizer, description, reference_top_k or _reference_top_k(model.config))
+
+
+def _words(dtype: torch.dtype) -> str:
+    return next((name for name, value in DTYPES.items() if value == dtype), str(dtype).removeprefix("torch."))
+
+
+def _reference_top_k(config: Any) -> int | None:
+    """Return the rule of ``moe.reference_top_k``: as it was set, else top_k without null experts, else 2."""
+    given = getattr(config, "reference_top_k", None)
+    if given is not None:
+        return int(given)
+    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", None)
+    if top_k is None:
+        return None
+    return 2 if getattr(config, "num_null_experts", 0) else int(top_k)

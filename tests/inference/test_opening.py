@@ -1,0 +1,97 @@
+"""Opening Hugging Face directories, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from adamoe_dist.errors import UserError
+from adamoe_dist.inference import longest_input, open_model
+from tests.inference.tiny import CONTEXT, save_model, save_tokenizer, tiny_model
+
+
+def test_a_directory_is_opened_as_transformers_would(directories) -> None:
+    from transformers import AutoModelForCausalLM
+
+    opened = open_model(directories["mixtral"], device="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(directories["mixtral"])
+    ids = torch.tensor([[1, 5, 9, 30]])
+    torch.testing.assert_close(opened.model(ids).logits, theirs(ids).logits, rtol=0, atol=0)
+    assert not opened.model.training and not any(p.requires_grad for p in opened.model.parameters())
+    assert opened.context == longest_input(directories["mixtral"]) == CONTEXT
+    assert "mixtral" in opened.description and "fp32 on cpu" in opened.description
+
+
+@pytest.mark.parametrize(("family", "expected"), [("mixtral", 2), ("olmoe", 3), ("adamoe", 2), ("llama", None)])
+def test_the_reference_of_saved_products(opened_models, family: str, expected: int | None) -> None:
+    assert opened_models[family].reference_top_k == expected
+
+
+def test_the_type_is_chosen(directories) -> None:
+    assert open_model(directories["olmoe"], dtype="bf16").model.dtype == torch.bfloat16
+
+
+def test_the_own_class_is_used_though_the_directory_brings_code(tmp_path) -> None:
+    path = save_model(tmp_path / "model", "adamoe")
+    (path / "modeling_adamoe.py").write_text("raise RuntimeError('code of a directory was run')\n")
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_adamoe.AdaMoEConfig",
+        "AutoModelForCausalLM": "modeling_adamoe.AdaMoEForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    assert type(open_model(path).model).__module__ == "adamoe_dist.hf.modeling_adamoe"
+
+
+def _without(path, *names: str):
+    for name in names:
+        (path / name).unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path / "nowhere", "nowhere is not a directory"),
+        (lambda path: _without(path, "config.json"), "no complete checkpoint"),
+        (lambda path: _without(path, "model.safetensors"), "cannot be opened by transformers"),
+        (lambda path: _without(path, "tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, directories, spoil, message: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directories["mixtral"], copy)
+    with pytest.raises(UserError, match=message) as refusal:
+        open_model(spoil(copy))
+    assert str(copy) in str(refusal.value)
+
+
+def test_foreign_code_is_not_run(tmp_path, directories) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directories["mixtral"], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "their_code.TheirConfig"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "their_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_model(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    tiny_model("mixtral", len(tokenizer) - 1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"the tokenizer has {len(tokenizer)} ids, the model {len(tokenizer) - 1}"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": "int3"}, "--dtype int3"), ({"device": "toaster"}, "--device toaster"), ({"device": "cuda:7"}, "CUDA")],
+)
+def test_options_are_checked(directories, options: dict[str, str], message: str) -> None:
+    if options.get("device") == "cuda:7" and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    with pytest.raises(UserError, match=message):
+        open_model(directories["mixtral"], **options)
