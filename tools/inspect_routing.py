@@ -14,8 +14,8 @@ from adamoe_dist.inspection import Request, inspect_routing, summarise, write_re
 
 def _parser() -> ToolParser:
     parser = ToolParser(
-        "Let a model read a text and write a page that shows how many experts each token used, in which layer, and what "
-        "kinds of tokens null experts skip. The page needs no network."
+        "Let a model read a text and write a page that shows how many experts each token used, in which layer, and "
+        "what kinds of tokens null experts skip. The page needs no network."
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run directory or a Hugging Face directory"

@@ -1,5 +1,6 @@
 """Puts a text through a model and writes down what its routers decide. Axes: T tokens, E true experts, L layers."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,10 @@ def cut_text(opened: OpenedModel, files: Sequence[TextFile], context: int, max_t
     Raises:
         UserError: the tokenizer keeps nothing of a file.
     """
-    ids, texts, positions, numbers = [], [], [], []
+    ids: list[int] = []
+    texts: list[str] = []
+    positions: list[int] = []
+    numbers: list[int] = []
     for number, file in enumerate(files):
         of_file = list(opened.tokenizer.encode(file.text, add_special_tokens=False))
         if max_tokens is not None:
@@ -130,7 +134,7 @@ def _windows(text: TokenizedText) -> list[tuple[int, int]]:
     """Return the first and past-the-last token of each window."""
     changes = (np.diff(text.files_T) != 0) | (np.diff(text.positions_T) != 1)
     edges = [0, *(np.nonzero(changes)[0] + 1).tolist(), len(text)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 @torch.inference_mode()
@@ -142,7 +146,7 @@ def _read_window(opened: OpenedModel, text: TokenizedText, start: int, stop: int
 
 
 def _on_cpu(choice: RouterChoice) -> RouterChoice:
-    return RouterChoice(choice.selected_TE.cpu(), choice.weights_TE.to("cpu", torch.float32))
+    return RouterChoice(choice.selected_TE.cpu(), choice.weights_TE.to("cpu", torch.float16))
 
 
 def _number(name: str, place: int) -> int:

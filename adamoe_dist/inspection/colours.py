@@ -14,8 +14,8 @@ Rgb = tuple[int, int, int]
 def sequential(is_dark: bool = False) -> list[str]:
     """Return 9 shades of blue, each farther from the page's background than the one before."""
     if is_dark:
-        return [_hex(0.24 + 0.66 * step / 8, 0.03 + 0.09 * _hump(step / 8), _BLUE) for step in range(LEVELS)]
-    return [_hex(0.97 - 0.65 * step / 8, 0.01 + 0.13 * _hump(step / 8), _BLUE) for step in range(LEVELS)]
+        return [_hex(0.24 + 0.66 * step / 8, 0.03 + 0.1 * _hump(step / 8), _BLUE) for step in range(LEVELS)]
+    return [_hex(0.97 - 0.65 * step / 8, 0.01 + 0.15 * _hump(step / 8), _BLUE) for step in range(LEVELS)]
 
 
 def diverging(is_dark: bool = False) -> list[str]:
@@ -23,8 +23,8 @@ def diverging(is_dark: bool = False) -> list[str]:
     shades = []
     for step in range(-4, 5):
         strength = abs(step) / 4
-        lightness = 0.24 + 0.5 * strength if is_dark else 0.97 - 0.4 * strength
-        shades.append(_hex(lightness, 0.005 + 0.125 * strength, _BLUE if step < 0 else _ORANGE))
+        lightness = 0.24 + 0.5 * strength if is_dark else 0.97 - 0.3 * strength
+        shades.append(_hex(lightness, 0.005 + 0.155 * strength, _BLUE if step < 0 else _ORANGE))
     return shades
 
 
@@ -51,8 +51,8 @@ def rgb(colour: str) -> Rgb:
 
 
 def _hump(x: float) -> float:
-    """0 at both ends, 1 in the middle: very light and very dark colours have little chroma."""
-    return math.sin(math.pi * x)
+    """Rise from 0 to 1 and fall to 0.6: very light colours have little chroma, dark ones more."""
+    return math.sin(0.8 * math.pi * x)
 
 
 def _to_linear(channel: float) -> float:

@@ -1,7 +1,8 @@
 """Pictures of rectangles, lines and labels, drawn as SVG in a page and as PNG.
 
-Colours are names: ``ink``, ``muted``, ``grid``, ``bar``, ``plus``, ``minus``, ``s0`` to ``s8`` (loads), ``d0`` to ``d8``
-(differences), and ``on-s0`` ... ``on-d8`` for text on such a shade. The page gives them their colours, by its scheme.
+Colours are names: ``ink``, ``muted``, ``grid``, ``bar``, ``plus``, ``minus``, ``s0`` to ``s8`` (loads), ``d0`` to
+``d8`` (differences), and ``on-s0`` to ``on-d8`` for text on such a shade. The page gives them their
+colours, by its scheme.
 """
 
 import html
@@ -11,7 +12,7 @@ from adamoe_dist.inspection.colours import diverging, sequential, text_on
 
 FONT_SIZE = 13
 CHARACTER_WIDTH = 7.2
-_UNSEEN = {code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)}
+_UNSEEN = (*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def palette(is_dark: bool = False) -> dict[str, str]:
 
 def escaped(text: str) -> str:
     """Return text as it may stand in HTML, in an attribute too; characters that no page may have become U+FFFD."""
-    kept = {code: sign for code, sign in _UNSEEN.items() if code not in (9, 10)}
-    return html.escape(text.translate(kept), quote=True)
+    return html.escape(text.translate(dict.fromkeys(_UNSEEN, "\ufffd")), quote=True)
 
 
 def shown(text: str) -> str:

@@ -46,14 +46,16 @@ def relative_loads_LE(routing: Routing) -> Array:
 def lift_EC(layer: LayerRoutes, grouping: Grouping) -> Array:
     """Return P(class | expert) / P(class) over the tokens that have a class; NaN where too few tokens speak.
 
-    A class that is expected fewer than 5 times among an expert's tokens, or an expert with fewer than 30, says nothing.
+    An expert with fewer than 30 tokens says nothing, nor does a class that is expected fewer than 5 times among them,
+    unless it is there 30 times.
     """
     classed_T = grouping.classes_T >= 0
     onehot_TC = grouping.classes_T[classed_T, None] == np.arange(len(grouping.labels))[None, :]
     counts_EC = layer.selected_TE[classed_T].T.astype(np.float64) @ onehot_TC.astype(np.float64)
     tokens_E = counts_EC.sum(axis=1, keepdims=True)
     expected_EC = tokens_E * onehot_TC.mean(axis=0)[None, :]
-    enough_EC = (expected_EC >= MINIMUM_EXPECTED) & (tokens_E >= MINIMUM_COUNT)
+    is_common_EC = (expected_EC >= MINIMUM_EXPECTED) | (counts_EC >= MINIMUM_COUNT)
+    enough_EC = is_common_EC & (tokens_E >= MINIMUM_COUNT)
     lift: Array = np.where(enough_EC, counts_EC / np.maximum(expected_EC, 1e-12), np.nan)
     return lift
 

@@ -39,8 +39,8 @@ def render_page(analysis: Analysis, figures: dict[str, Drawing]) -> str:
         _section("coactivation", "Experts that go together", _switched(figures, "coactivation", COACTIVATION)),
     ]
     if analysis.comparison is not None:
-        sections.insert(2, _section("comparison", "Compared with the other model", _comparison(analysis, figures)))
-    sections.append(_section("method", "How this was counted", _method(analysis)))
+        sections.insert(7, _section("comparison", "Compared with the other model", _comparison(analysis, figures)))
+    sections.append(_section("method", "How this was counted", _method()))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -54,8 +54,8 @@ def render_page(analysis: Analysis, figures: dict[str, Drawing]) -> str:
 
 
 PREFERENCES = (
-    "Part of a class among the tokens of an expert, over its part in the text: 2 is twice as often as expected, 0.5 half "
-    "as often. Orange prefers, blue avoids. A dot: too few tokens to tell."
+    "Part of a class among the tokens of an expert, over its part in the text: 2 is twice as often as expected, 0.5 "
+    "half as often. Orange prefers, blue avoids. A dot: too few tokens to tell."
 )
 COACTIVATION = (
     "How often two experts share a token, over what would be if each chose for itself. With few slots a token, numbers "
@@ -130,7 +130,7 @@ def _text(analysis: Analysis) -> str:
         f'aria-label="layer, from the mean to the last">{difference}'
         '<label><input id="numbers" type="checkbox"> numbers</label>'
         '<span id="legend"></span>'
-        '<div id="detail" role="status">Point at a token, or go to the text with Tab and use the arrow keys.</div></div>'
+        '<div id="detail" role="status"></div></div>'
         "<noscript><p>Without scripts the text shows the mean over layers.</p></noscript>"
         '<div id="text" role="group" aria-label="tokens of the text; arrow keys go from one to the next">'
         f"{text_html(analysis.text, analysis.routing)}</div>"
@@ -149,8 +149,8 @@ def _classes(analysis: Analysis, figures: dict[str, Drawing], prefix: str) -> st
 
 def _positions(analysis: Analysis, figures: dict[str, Drawing]) -> str:
     note = (
-        f"<p>Positions from 0 in windows of {analysis.text.context:,} tokens. Each window starts without what stands "
-        "before it, as in training.</p>"
+        f"<p>Positions from 0 in windows of {analysis.text.context:,} tokens. Each window is read without what stands "
+        "before it.</p>"
     )
     return note + to_svg(figures["load_by_position"])
 
@@ -165,8 +165,8 @@ def _tokens(analysis: Analysis) -> str:
 
 def _token_table(title: str, loads: Sequence[Load]) -> str:
     rows = "".join(
-        f"<tr><th scope=row><code>{escaped(shown(load.label))}</code></th><td>{load.tokens:,}</td><td>{load.mean:.2f}</td>"
-        f"<td>{100 * load.all_null_share:.0f} %</td></tr>"
+        f"<tr><th scope=row><code>{escaped(shown(load.label))}</code></th><td>{load.tokens:,}</td>"
+        f"<td>{load.mean:.2f}</td><td>{100 * load.all_null_share:.0f} %</td></tr>"
         for load in loads
     )
     head = "<tr><th scope=col>token</th><th scope=col>times</th><th scope=col>experts</th><th scope=col>none</th></tr>"
@@ -216,15 +216,16 @@ def _difference_table(title: str, differences: Sequence[Difference]) -> str:
     return f"<table><caption>{title}</caption><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 
-def _method(analysis: Analysis) -> str:
-    return (
-        "<ul><li>A load is the number of true experts that a token used in a layer; null experts fill the other slots "
-        "and cost nothing.</li><li>The sentences above name a class only if it has "
-        f"{MINIMUM_COUNT} tokens or more and differs by 5 % and by three standard errors, which are those of independent "
-        "tokens: tokens of one text are not, so read them as rough.</li><li>Files are cut into windows that do not "
-        "overlap. The token that stands before a file is read and not counted.</li><li>The numbers say what the routers "
-        "did on this text, not whether the experts that were skipped would have helped.</li></ul>"
+def _method() -> str:
+    parts = (
+        "A load is the number of true experts that a token used in a layer; null experts fill the other slots and "
+        "cost nothing.",
+        f"The sentences above name a class only if it has {MINIMUM_COUNT} tokens or more and differs by 5 % and by "
+        "three standard errors, which are those of independent tokens: tokens of one text are not, so read them as rough.",
+        "Files are cut into windows that do not overlap. The token that stands before a file is read and not counted.",
+        "The numbers say what the routers did on this text, not whether the experts that were skipped would have helped.",
     )
+    return "<ul>" + "".join(f"<li>{part}</li>" for part in parts) + "</ul>"
 
 
 def _capital(text: str) -> str:

@@ -67,7 +67,7 @@ def chosen_experts(routing: Routing) -> tuple[Array, Array]:
     experts, weights = [], []
     for layer in routing.layers:
         tokens_R, experts_R = np.nonzero(layer.selected_TE)
-        weights_R = layer.weights_TE[tokens_R, experts_R]
+        weights_R = layer.weights_TE[tokens_R, experts_R].astype(np.float64)
         order_R = np.lexsort((experts_R, -weights_R, tokens_R))
         experts.append(experts_R[order_R])
         weights.append(np.rint(np.clip(weights_R[order_R], 0.0, 1.0) * WEIGHT_STEPS))

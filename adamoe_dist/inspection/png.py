@@ -26,7 +26,7 @@ def write_png(drawing: Drawing, path: Path) -> None:
             canvas.line(shape)
         else:
             canvas.label(shape)
-    image.save(path, optimize=True)
+    image.save(path)
 
 
 class _Canvas:

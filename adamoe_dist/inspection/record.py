@@ -50,7 +50,7 @@ class LayerRoutes:
     Attributes:
         number: the layer's number in the model, from 0.
         selected_TE: the true experts that each token used, bool.
-        weights_TE: their combine weights, 0 where not selected.
+        weights_TE: their combine weights in [0, 1], 0 where not selected, float16.
     """
 
     number: int

@@ -23,6 +23,7 @@ def summarise(analysis: Analysis) -> list[str]:
     if analysis.routing.num_null:
         sentences += _classes(analysis)
         sentences += _frequency(analysis)
+        sentences += _others(analysis)
         sentences += _tokens(analysis)
         sentences += _positions(analysis.positions)
         sentences += _layers(analysis.layers)
@@ -47,14 +48,14 @@ def _overall(analysis: Analysis) -> Iterator[str]:
     counted = f"{overall.tokens:,} tokens and {_count(len(analysis.layers), 'layer')}"
     if not routing.num_null:
         yield (
-            f"This model has no null experts: each token uses {routing.top_k} of {routing.num_experts} experts in every "
-            f"layer ({counted})."
+            f"This model has no null experts: each token uses {routing.top_k} of {routing.num_experts} experts in "
+            f"every layer ({counted})."
         )
     else:
         yield (
-            f"A token used {overall.mean:.2f} of {routing.num_experts} true experts a layer on average, over {counted}. "
-            f"It could use up to {routing.top_k}: null experts took {_percent(overall.null_share)} of the slots, and in "
-            f"{_percent(overall.all_null_share)} of the cases a token used no expert in a layer."
+            f"A token used {overall.mean:.2f} of {routing.num_experts} true experts a layer on average, over "
+            f"{counted}. It could use up to {routing.top_k}: null experts took {_percent(overall.null_share)} of the "
+            f"slots, and in {_percent(overall.all_null_share)} of the cases a token used no expert in a layer."
         )
     if overall.tokens < FEW_TOKENS:
         yield f"That is a short text: under {FEW_TOKENS:,} tokens, look at what follows as a hint."
@@ -90,6 +91,15 @@ def _frequency(analysis: Analysis) -> Iterator[str]:
         yield f"Frequent words use {'more' if gap > 0 else 'fewer'} experts than rare ones: {means}."
 
 
+def _others(analysis: Analysis) -> Iterator[str]:
+    """Speak of the pieces of words, and of prose and code, where their classes differ."""
+    for grouping, loads in list(zip(analysis.groupings, analysis.classes, strict=True))[2:]:
+        enough = [load for load in loads if load.tokens >= MINIMUM_COUNT]
+        if any(differs(load, analysis.overall) for load in enough):
+            ordered = sorted(enough, key=lambda load: load.mean)
+            yield f"{grouping.name}, from the fewest experts to the most: {_listed(ordered)}."
+
+
 def _tokens(analysis: Analysis) -> Iterator[str]:
     repeated = analysis.tokens
     if len(repeated) >= 2 * _LISTED:
@@ -102,8 +112,8 @@ def _tokens(analysis: Analysis) -> Iterator[str]:
         part = max(analysis.explained, 0.0)
         yield (
             f"{_percent(part)} of the differences between tokens (variance of the mean over layers, "
-            f"{analysis.explained_tokens:,} tokens) lie between different tokens, the rest between the places where one "
-            f"token stands: the load follows {_follows(part)}."
+            f"{analysis.explained_tokens:,} tokens) lie between different tokens, the rest between the places where "
+            f"one token stands: the load follows {_follows(part)}."
         )
 
 
@@ -132,9 +142,9 @@ def _positions(loads: Sequence[Load]) -> Iterator[str]:
 
 
 def _layers(loads: Sequence[Load]) -> Iterator[str]:
-    if len(loads) > 1:
+    if len(loads) > 1 and loads[0].tokens >= MINIMUM_COUNT:
         low, high = min(loads, key=lambda load: load.mean), max(loads, key=lambda load: load.mean)
-        if high.mean - low.mean >= PART * high.mean:
+        if high.mean - low.mean >= max(PART * high.mean, ERRORS * math.hypot(high.error, low.error)):
             yield (
                 f"{high.label.capitalize()} uses most experts ({high.mean:.2f}), {low.label} fewest ({low.mean:.2f}; "
                 f"{low.tokens:,} tokens each)."
@@ -142,12 +152,14 @@ def _layers(loads: Sequence[Load]) -> Iterator[str]:
 
 
 def _experts(analysis: Analysis) -> Iterator[str]:
+    if analysis.overall.tokens < MINIMUM_COUNT:
+        return
     relative_LE = analysis.relative_LE
     layer, expert = (int(index) for index in divmod(int(relative_LE.argmax()), relative_LE.shape[1]))
     number = analysis.routing.layers[layer].number
     yield (
-        f"The busiest expert (layer {number}, expert {expert}) has {relative_LE[layer, expert]:.1f} times the tokens of "
-        f"its layer's mean; {_count(int((relative_LE == 0).sum()), 'expert')} of {relative_LE.size} had no token."
+        f"The busiest expert (layer {number}, expert {expert}) has {relative_LE[layer, expert]:.1f} times the tokens "
+        f"of its layer's mean; {_count(int((relative_LE == 0).sum()), 'expert')} of {relative_LE.size} had no token."
     )
     best: dict[str, Preference] = {}
     for one in analysis.preferences:

@@ -22,6 +22,7 @@ def text_html(text: TokenizedText, routing: Routing) -> str:
         if len(text.sources) > 1 and (start == 0 or text.files_T[start] != text.files_T[start - 1]):
             heading = f"<h3>{escaped(text.sources[text.files_T[start]])}</h3>"
         tokens = "".join(token_html(text.texts[index], int(levels_T[index])) for index in range(start, stop))
+        tokens = tokens.removesuffix("\n")  # the block ends the line
         parts.append(f'{heading}<div class="block">{tokens}</div>')
     return "\n".join(parts)
 
@@ -35,9 +36,10 @@ def mean_levels(routing: Routing) -> "np.typing.NDArray[np.int64]":
 
 
 def token_html(text: str, level: int) -> str:
-    """Return a token's element; a line break is shown by a sign and kept."""
+    """Return a token's element; a line break is shown by a sign and kept, the last one behind the element."""
     visible = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", "\u2192\t").replace("\n", "\u21b5\n")
-    return f"<i class=s{level}>{escaped(visible) or NO_TEXT}</i>"
+    inner = visible.removesuffix("\n")
+    return f"<i class=s{level}>{escaped(inner) or NO_TEXT}</i>{visible[len(inner) :]}"
 
 
 def _blocks(text: TokenizedText) -> Iterator[tuple[int, int]]:

@@ -4,15 +4,16 @@ import re
 import unicodedata
 from functools import lru_cache
 
-FUNCTION_WORDS = frozenset(
-    """a about above after again against all also am an and another any are as at be because been before being below
-    between both but by can cannot could did do does doing down during each either else few for from further had has have
-    having he her here hers herself him himself his how i if in into is it its itself just may me might mine more most
-    must my myself neither no nor not now of off on once only onto or other our ours ourselves out over own shall she
-    should since so some such than that the their theirs them themselves then there these they this those though through
-    to too toward towards under until up upon us very was we were what when where whether which while who whom whose why
-    will with within without would yet you your yours yourself yourselves""".split()
-)
+_GRAMMAR = """
+a about above after again against all also am an and another any are as at be because been before being below
+between both but by can cannot could did do does doing down during each either else few for from further had has
+have having he her here hers herself him himself his how i if in into is it its itself just may me might mine more
+most must my myself neither no nor not now of off on once only onto or other our ours ourselves out over own shall
+she should since so some such than that the their theirs them themselves then there these they this those though
+through to too toward towards under until up upon us very was we were what when where whether which while who whom
+whose why will with within without would yet you your yours yourself yourselves
+"""
+FUNCTION_WORDS = frozenset(_GRAMMAR.split())
 """English words that carry grammar rather than matter."""
 
 SCRIPTS = (
@@ -29,7 +30,7 @@ _CODE_START = re.compile(
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Return the first and past-the-last position of each run of letters; an apostrophe between letters belongs to it."""
+    """Return where each run of letters begins and ends; an apostrophe between letters belongs to it."""
     return [match.span() for match in _WORD.finditer(text)]
 
 
