@@ -103,15 +103,15 @@ def heat_map(
         drawing.shapes.append(Label(left - 8, y + 15, label, "end"))
         for column, (value, text) in enumerate(zip(values[row], texts[row], strict=True)):
             x = left + CELL_WIDTH * column
-            _add_cell(drawing, x, y, shade_of(value, highest, is_signed), text, f"{label}, {columns[column]}: {text}")
+            _add_cell(drawing, x, y, shade_of(value, highest, is_signed), text)
     return drawing
 
 
-def _add_cell(drawing: Drawing, x: float, y: float, shade: str | None, text: str, tip: str) -> None:
+def _add_cell(drawing: Drawing, x: float, y: float, shade: str | None, text: str) -> None:
     if shade is None:
         drawing.shapes.append(Label(x + CELL_WIDTH / 2, y + 15, "\u00b7", "middle", "muted"))
         return
-    drawing.shapes.append(Rectangle(x, y, CELL_WIDTH - 1, CELL_HEIGHT - 1, shade, tip))
+    drawing.shapes.append(Rectangle(x, y, CELL_WIDTH - 1, CELL_HEIGHT - 1, shade))
     drawing.shapes.append(Label(x + CELL_WIDTH / 2, y + 15, text, "middle", f"on-{shade}"))
 
 

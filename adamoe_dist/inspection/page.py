@@ -221,9 +221,11 @@ def _method() -> str:
         "A load is the number of true experts that a token used in a layer; null experts fill the other slots and "
         "cost nothing.",
         f"The sentences above name a class only if it has {MINIMUM_COUNT} tokens or more and differs by 5 % and by "
-        "three standard errors, which are those of independent tokens: tokens of one text are not, so read them as rough.",
+        "three standard errors, which are those of independent tokens: tokens of one text are not, so read them as "
+        "rough.",
         "Files are cut into windows that do not overlap. The token that stands before a file is read and not counted.",
-        "The numbers say what the routers did on this text, not whether the experts that were skipped would have helped.",
+        "The numbers say what the routers did on this text, not whether the experts that were skipped would have "
+        "helped.",
     )
     return "<ul>" + "".join(f"<li>{part}</li>" for part in parts) + "</ul>"
 
