@@ -69,6 +69,11 @@ class Browser:
         listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": listed}})
 
+    def pdf(self) -> bytes:
+        return base64.b64decode(
+            self._call("POST", "/goog/cdp/execute", {"cmd": "Page.printToPDF", "params": {}})["data"]
+        )
+
     def close(self) -> None:
         try:
             self._call("DELETE", "")

@@ -165,6 +165,13 @@ def test_the_dark_scheme_has_its_own_shades(page):
     assert seen(picture, colour("s3", True)) > 100 and seen(picture, colour("s3")) == 0
 
 
+def test_it_prints(page):
+    """Gradients under every token take a printer minutes; borders do not."""
+    started = time.monotonic()
+    pdf = page.pdf()
+    assert pdf.startswith(b"%PDF") and len(pdf) > 50_000 and time.monotonic() - started < 60
+
+
 def test_one_picture_of_a_layer_at_a_time(page):
     visible = "return Array.from(document.querySelectorAll('#preferences figure'), (figure) => !figure.hidden)"
     assert page.run(visible) == [True, False, False]
