@@ -1,12 +1,14 @@
-"""Look into a checkpoint, check it, and give its model another number of null experts."""
+"""Between Hugging Face directories and checkpoints, and what a checkpoint holds or is changed to."""
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from adamoe_dist import platform
 from adamoe_dist.console import ToolParser, progress, run_tool, say
+from adamoe_dist.errors import UserError
 
 platform.prepare()
 
@@ -15,21 +17,39 @@ from adamoe_dist.checkpoint import (  # noqa: E402
     changed_keys,
     checkpoint_at,
     describe_checkpoint,
+    holds_weights_only,
     plan_null_experts,
     read_config,
     read_manifest,
     set_null_experts,
     verify_files,
 )
+from adamoe_dist.convert import FILES, is_hf_directory  # noqa: E402
+from adamoe_dist.convert.commands import (  # noqa: E402
+    add_export,
+    add_import,
+    add_verify,
+    describe_hf_directory,
+    run_export,
+    run_import,
+    run_verify,
+    show_hf_directory,
+)
+from adamoe_dist.convert.null_commands import add_upcycle, run_upcycle  # noqa: E402
 
 SHOWN_TENSORS = 12
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(
-        "Look into a checkpoint and change it. No process group, no GPU; tensors are not read into memory at once."
+        "Convert between Hugging Face directories and checkpoints, look into either, change a checkpoint. Tensors are "
+        "not read into memory at once."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_import(commands)
+    add_upcycle(commands)
+    add_export(commands)
+    add_verify(commands)
     _add_inspect(commands)
     _add_set_null_experts(commands)
     return parser
@@ -47,7 +67,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
-        "inspect", help="show what is in a checkpoint", description="Show what is in a checkpoint."
+        "inspect",
+        help="show what is in a checkpoint or a Hugging Face directory",
+        description="Show what is in a checkpoint or a Hugging Face directory.",
     )
     _add_source(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not only the first ones")
@@ -85,6 +107,9 @@ def _verify(path: Path) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if is_hf_directory(Path(options.source)):
+        _inspect_hf(options)
+        return
     path = checkpoint_at(options.source, "--from")
     if options.verify:
         _verify(path)
@@ -95,6 +120,16 @@ def _inspect(options: argparse.Namespace) -> None:
     _show(contents, options.tensors)
     if options.verify:
         say("ok: every file has the size and the SHA-256 that it was saved with")
+
+
+def _inspect_hf(options: argparse.Namespace) -> None:
+    if options.verify:
+        raise UserError(f"--verify: {options.source} is a Hugging Face directory, which has no hashes; leave it out")
+    contents = describe_hf_directory(Path(options.source))
+    if options.json:
+        say(json.dumps(contents, indent=1))
+    else:
+        show_hf_directory(contents, len(contents["tensors"]) if options.tensors else SHOWN_TENSORS)
 
 
 def _show(contents: dict[str, Any], all_tensors: bool) -> None:
@@ -128,16 +163,26 @@ def _set_null_experts(options: argparse.Namespace) -> None:
         f"{options.top_k}, null rows: {rows}"
     )
     changed = " ".join(f"{key}={value}" for key, value in changed_keys(source, change).items())
-    say(f"continue with: checkpoint.resume={path} {changed}".rstrip())
+    if not holds_weights_only(source):
+        say(f"continue with: checkpoint.resume={path} {changed}".rstrip())
+        return
+    if (source.parent / FILES).is_dir():
+        shutil.copytree(source.parent / FILES, path.parent / FILES)
+    say(f"start a run with: checkpoint.load_weights={path} {changed}".rstrip())
 
 
 def main(argv: list[str]) -> None:
     """Do as the command line says."""
     options = _parser().parse_args(argv)
-    if options.command == "inspect":
-        _inspect(options)
-    else:
-        _set_null_experts(options)
+    runs = {
+        "import": run_import,
+        "upcycle": run_upcycle,
+        "export": run_export,
+        "verify": run_verify,
+        "inspect": _inspect,
+        "set-null-experts": _set_null_experts,
+    }
+    runs[options.command](options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measure a model on text (perplexity, bits per byte) and on multiple-choice questions."""
 
 import argparse
+import dataclasses
 import gc
 import json
 from pathlib import Path
@@ -145,7 +146,7 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
             one = task["accuracy"][name]
             low, high = one["interval_95"]
             say(
-                f"  accuracy ({name}) {one['difference']:+.4f}, 95 % {low:+.4f} to {high:+.4f} (paired bootstrap); "
+                f"  accuracy ({name}) {one['difference']:+.4f}, 95 % {low:+.4f} to {high:+.4f} (Newcombe, paired); "
                 f"only here right {one['only_here_right']}, only there {one['only_baseline_right']}, McNemar p "
                 f"{one['mcnemar_p']:.4g}"
             )
@@ -153,7 +154,7 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
         one = text["bits_per_byte"]
         interval = "one document: no interval"
         if one["interval_95"] is not None:
-            interval = "95 % {:+.4f} to {:+.4f} (paired bootstrap over documents)".format(*one["interval_95"])
+            interval = "95 % {:+.4f} to {:+.4f} (bootstrap over documents)".format(*one["interval_95"])
         say(f"{file}: checkpoint minus baseline: {one['difference']:+.4f} bits a byte, {interval}")
 
 
@@ -171,7 +172,10 @@ def main(argv: list[str]) -> None:
     context, stride = check_windows(min(map(longest_input, places)), options.context, options.stride)
     settings = Settings(options.batch_size, context, stride, options.reference_top_k)
     measured = {place: _measure(place, inputs, settings, options) for place in places}
-    report: dict[str, Any] = {"checkpoint": measured[options.checkpoint].report}
+    report: dict[str, Any] = {
+        "settings": {"limit": options.limit, "template": options.template, **dataclasses.asdict(settings)},
+        "checkpoint": measured[options.checkpoint].report,
+    }
     if options.baseline:
         report["baseline"] = measured[options.baseline].report
         report["comparison"] = compare(measured[options.checkpoint], measured[options.baseline])

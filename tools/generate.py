@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamoe_dist import platform
-from adamoe_dist.console import ToolParser, run_tool, say
+from adamoe_dist.console import ToolParser, fail, run_tool, say
 from adamoe_dist.errors import UserError
 
 platform.prepare()
@@ -20,6 +20,7 @@ from adamoe_dist.inference import (  # noqa: E402
     Sampling,
     encode_chat,
     encode_prompt,
+    fit_conversation,
     generate,
     open_model,
 )
@@ -179,6 +180,26 @@ def _answer(
     return text
 
 
+def _converse(opened: OpenedModel, sampling: Sampling, options: argparse.Namespace) -> None:
+    """Answer line by line; a line that is refused does not end it."""
+    conversation: list[dict[str, str]] = []
+    for prompt in _typed_prompts():
+        try:
+            if not options.chat:
+                _answer(opened, prompt, encode_prompt(opened, prompt), sampling, options)
+                continue
+            asked = [*conversation, {"role": "user", "content": prompt}]
+            messages = fit_conversation(opened, asked, sampling)
+            if len(messages) < len(asked):
+                sys.stderr.write(
+                    f"note: the first {len(asked) - len(messages)} messages no longer fit and are left out\n"
+                )
+            text = _answer(opened, prompt, encode_chat(opened, messages), sampling, options)
+            conversation = [*messages, {"role": "assistant", "content": text}]
+        except UserError as refusal:
+            fail(str(refusal))
+
+
 def main(argv: list[str]) -> None:
     """Generate as the command line says."""
     options = _parser().parse_args(argv)
@@ -186,15 +207,12 @@ def main(argv: list[str]) -> None:
     opened = open_model(options.checkpoint, options.dtype, options.device, options.tokenizer)
     if options.chat:
         encode_chat(opened, [{"role": "user", "content": ""}])  # refused here where there is no template
-    conversation: list[dict[str, str]] = []
-    for prompt in _typed_prompts() if options.interactive else prompts:
-        if options.chat:
-            earlier = conversation if options.interactive else []
-            messages = [*earlier, {"role": "user", "content": prompt}]
-            text = _answer(opened, prompt, encode_chat(opened, messages), sampling, options)
-            conversation = [*messages, {"role": "assistant", "content": text}]
-        else:
-            _answer(opened, prompt, encode_prompt(opened, prompt), sampling, options)
+    if options.interactive:
+        _converse(opened, sampling, options)
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        prompt_ids = encode_chat(opened, messages) if options.chat else encode_prompt(opened, prompt)
+        _answer(opened, prompt, prompt_ids, sampling, options)
 
 
 if __name__ == "__main__":

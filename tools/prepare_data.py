@@ -22,7 +22,7 @@ def _parser() -> ToolParser:
         "--tokenizer",
         required=True,
         metavar="DIR|FILE",
-        help="a directory from train_tokenizer.py or in Hugging Face's format (tokenizer.json), or a SentencePiece model",
+        help="a directory from train_tokenizer.py or with a tokenizer.json, or a SentencePiece model",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path that the files' names begin with")
     parser.add_argument(

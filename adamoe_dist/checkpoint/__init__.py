@@ -1,13 +1,26 @@
 """Checkpoints that survive any change of ranks: canonical tensors in Megatron-core's distributed format."""
 
 from adamoe_dist.checkpoint.agreement import CheckpointError
-from adamoe_dist.checkpoint.compatibility import check_compatible, notes_on_cut
+from adamoe_dist.checkpoint.compatibility import check_compatible, holds_weights_only, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import Retention, find_checkpoint, has_checkpoints, remove_leftovers
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
-from adamoe_dist.checkpoint.manifest import read_config, read_manifest, read_state, verify_files
-from adamoe_dist.checkpoint.null_experts import bytes_to_copy, changed_keys, plan_null_experts, set_null_experts
+from adamoe_dist.checkpoint.manifest import (
+    copy_file,
+    describe_file,
+    read_config,
+    read_manifest,
+    read_state,
+    verify_files,
+)
+from adamoe_dist.checkpoint.null_experts import (
+    bytes_to_copy,
+    changed_keys,
+    drawn_null_rows,
+    plan_null_experts,
+    set_null_experts,
+)
 from adamoe_dist.checkpoint.regions import RegionReader
 from adamoe_dist.checkpoint.save import save_checkpoint, write_snapshot
 from adamoe_dist.checkpoint.saver import CheckpointSaver, SaveTimes
@@ -26,9 +39,13 @@ __all__ = [
     "changed_keys",
     "check_compatible",
     "checkpoint_at",
+    "copy_file",
     "describe_checkpoint",
+    "describe_file",
+    "drawn_null_rows",
     "find_checkpoint",
     "has_checkpoints",
+    "holds_weights_only",
     "load_checkpoint",
     "load_weights",
     "notes_on_cut",

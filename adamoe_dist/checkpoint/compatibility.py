@@ -80,9 +80,13 @@ def check_compatible(
     return [f"{ALLOW}: {key} {there} -> {here}" for key, there, here, _ in found]
 
 
+def holds_weights_only(path: Path) -> bool:
+    """Tell whether no run has saved a checkpoint: it has no optimizer state and no place in any data."""
+    return bool(read_state(path).get(WEIGHTS_ONLY))
+
+
 def _require_moments(path: Path) -> None:
-    """Refuse a checkpoint that no run has saved: it has no optimizer state and no place in any data."""
-    if read_state(path).get(WEIGHTS_ONLY):
+    if holds_weights_only(path):
         raise UserError(
             f"checkpoint {path} holds weights only, which a run cannot continue from; start a new run from them with "
             f"checkpoint.load_weights={path}"

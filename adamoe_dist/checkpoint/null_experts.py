@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adamoe_dist.checkpoint.compatibility import holds_weights_only
 from adamoe_dist.checkpoint.directory import (
     SUBDIRECTORY,
     UNFINISHED,
@@ -49,7 +50,7 @@ from adamoe_dist.checkpoint.manifest import (
 from adamoe_dist.checkpoint.records import Block, TensorEntry
 from adamoe_dist.checkpoint.tensors import moment_key, weight_key
 from adamoe_dist.checkpoint.zero import ADAM_MOMENTS
-from adamoe_dist.config import Config, config_from_dict, resolve
+from adamoe_dist.config import Config, config_from_dict, model_problems, resolve
 from adamoe_dist.errors import UserError
 from adamoe_dist.routing import NullInit, initial_null_rows
 
@@ -143,11 +144,15 @@ def _require_trainable(source: Path, tree: dict[str, Any]) -> None:
     world_size = read_manifest(source)["layout"].get("world_size")
     if type(world_size) is not int or world_size < 1:
         raise UserError(f"{source / MANIFEST} does not say on how many ranks it was saved; {OTHER_CHECKPOINT}")
+    moe = tree["moe"]
+    asked = f"--num-null-experts {moe['num_null_experts']} --top-k {moe['top_k']}"
+    if holds_weights_only(source):  # of no run: the rest of the tree says nothing yet
+        if problems := model_problems(config_from_dict(tree)):
+            raise UserError(f"{asked} do not fit {source}: {'; '.join(problems)}")
+        return
     try:
         resolve(config_from_dict(tree), world_size)
     except UserError as problem:
-        moe = tree["moe"]
-        asked = f"--num-null-experts {moe['num_null_experts']} --top-k {moe['top_k']}"
         raise UserError(f"{asked} do not fit {source}: {problem}") from problem
 
 
@@ -259,22 +264,35 @@ def _new_tensors(path: Path, index: Index, change: Change) -> Iterator[tuple[str
     routers = [match for key in index if (match := _ROUTER.fullmatch(key))]
     assert change.null_init is not None
     for match in sorted(routers, key=lambda match: int(match[2])):
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence((change.seed, int(match[2]))).generate_state(1)[0])
-        )
-        weight_EH = read_tensor(path, index, match[0])
-        rows_NH = initial_null_rows(
-            change.null_init,
-            weight_EH,
-            change.num_null,
-            lambda rows, draws=generator: rows.normal_(0.0, std, generator=draws),  # type: ignore[misc]
-            generator=generator,
+        rows_NH = drawn_null_rows(
+            change.null_init, read_tensor(path, index, match[0]), change.num_null, std, change.seed, int(match[2])
         )
         name = f"{match[1]}.null_weight"
         yield weight_key(name), rows_NH
         for moment in ADAM_MOMENTS:
             if moment_key(f"{match[1]}.weight", moment) in index:
                 yield moment_key(name, moment), torch.zeros_like(rows_NH)
+
+
+def drawn_null_rows(kind: NullInit, weight_EH: Tensor, num_null: int, std: float, seed: int, layer: int) -> Tensor:
+    """Return a layer's null rows (N, H), or (1, H) for ``shared``, drawn by a seed and the layer's number alone.
+
+    Args:
+        kind: how they are drawn.
+        weight_EH: rows that score the true experts.
+        num_null: m.
+        std: standard deviation of rows that are drawn at random.
+        seed: of the draws.
+        layer: its number, from 0.
+    """
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, layer)).generate_state(1)[0]))
+    return initial_null_rows(
+        kind,
+        weight_EH,
+        num_null,
+        lambda rows: rows.normal_(0.0, std, generator=generator),
+        generator=generator,
+    )
 
 
 def _write_new(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, TensorEntry]:

@@ -146,10 +146,15 @@ class _Writer(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as problem:
-            beneath: BaseException | None = problem
-            while beneath is not None and not isinstance(beneath, OSError):
-                beneath = beneath.__cause__ or beneath.__context__
-            raise beneath or problem from None
+            raise beneath(problem) from None
+
+
+def beneath(problem: BaseException) -> BaseException:
+    """Return the error of the operating system that an error followed from, or the error itself where there is none."""
+    cause: BaseException | None = problem
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or problem
 
 
 def write_format(path: Path) -> None:

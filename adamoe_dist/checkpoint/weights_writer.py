@@ -24,7 +24,7 @@ from adamoe_dist.checkpoint.manifest import (
     write_json,
 )
 from adamoe_dist.checkpoint.records import Block, TensorEntry
-from adamoe_dist.checkpoint.tensors import COMMON, weight_key, write_format
+from adamoe_dist.checkpoint.tensors import COMMON, beneath, weight_key, write_format
 
 TENSORS = "__0_0.distcp"
 LAYOUT = {"world_size": 1, "tensor": 1, "pipeline": 1, "context": 1, "data": 1, "expert": 1, "expert_tensor": 1}
@@ -71,7 +71,10 @@ class WeightsWriter:
         if block_value.untyped_storage().nbytes() != block_value.nbytes:
             block_value = block_value.clone()
         start = self._file.position
-        torch.save(block_value, cast(IO[bytes], self._file))
+        try:
+            torch.save(block_value, cast(IO[bytes], self._file))
+        except RuntimeError as problem:
+            raise beneath(problem) from None
         block = Block(offsets, tuple(value.shape), TENSORS, start, self._file.position - start)
         self._blocks.setdefault(key, []).append(block)
 

@@ -6,7 +6,7 @@ from adamoe_dist.config.layout import Layout
 from adamoe_dist.config.load import config_from_dict, load_config
 from adamoe_dist.config.moe import BalanceConfig, DispatcherConfig, MoEConfig
 from adamoe_dist.config.tree import Config
-from adamoe_dist.config.validate import Resolved, automatic_micro_batch, resolve, schedule_problem
+from adamoe_dist.config.validate import Resolved, automatic_micro_batch, model_problems, resolve, schedule_problem
 
 __all__ = [
     "ABSENT",
@@ -25,6 +25,7 @@ __all__ = [
     "is_allowed",
     "leaves",
     "load_config",
+    "model_problems",
     "resolve",
     "rule_of",
     "schedule_problem",

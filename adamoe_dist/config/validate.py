@@ -74,9 +74,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
     Raises:
         UserError: with every problem found, each with its key, its value and the way out.
     """
-    problems: list[str] = []
-    _check_model(config, problems)
-    _check_moe(config, problems)
+    problems = model_problems(config)
     _check_data(config, problems)
     _check_training(config, problems)
     _check_deepspeed(config, problems)
@@ -89,6 +87,14 @@ def resolve(config: Config, world_size: int) -> Resolved:
         micro_batches_per_rank=config.train.global_batch_size // (micro_batch_size * layout.data),
         tokens_per_step=config.train.global_batch_size * config.model.sequence_length,
     )
+
+
+def model_problems(config: Config) -> list[str]:
+    """Return what is wrong with the sections ``model`` and ``moe``, whatever run they are for."""
+    problems: list[str] = []
+    _check_model(config, problems)
+    _check_moe(config, problems)
+    return problems
 
 
 def _check_model(config: Config, problems: list[str]) -> None:

@@ -120,6 +120,8 @@ def meaning(config: Config) -> dict[str, Any]:
         "moe.shared_expert_gate": moe.shared_expert_gate,
         "moe.router.score_function": router.score_function,
         "moe.router.normalize": normalize if layers else None,
+        "moe.null_types": vars(moe.null_types),
+        "moe.router.null_init": "shared" if router.null_init == "shared" and moe.num_null_experts else None,
         "moe.router.gating_residual": router.gating_residual,
         "moe.router.target_load": router.target_load,
         "moe.router.capacity_factor": router.capacity_factor,

@@ -44,6 +44,7 @@ class Weight:
         pad_rows: rows of zeros that follow it in the canonical tensor (the padding of the vocabulary).
         is_copy: a Hugging Face checkpoint may have it although another tensor says the same (a tied output layer);
             it is compared where it is there, and takes no place in the canonical tensor.
+        stays_fp32: it is written in fp32, whatever type was asked for.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Weight:
     places: tuple[Place, ...]
     pad_rows: int = 0
     is_copy: bool = False
+    stays_fp32: bool = False
 
     @property
     def elements(self) -> int:

@@ -51,6 +51,7 @@ class AdaMoEConfig(PreTrainedConfig):
         output_router_logits: whether logits of the routers are returned, and their losses added where labels are given.
         use_cache: whether keys and values are returned for the next call.
         tokenizer_vocab_size: ids that the tokenizer has; further rows of the embedding only fill it up.
+        vocab_size_multiple: what training filled it up to a multiple of.
     """
 
     model_type = "adamoe"
@@ -94,6 +95,7 @@ class AdaMoEConfig(PreTrainedConfig):
     output_router_logits: bool = False
     use_cache: bool = True
     tokenizer_vocab_size: int | None = None
+    vocab_size_multiple: int = 1
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -109,6 +111,26 @@ class AdaMoEConfig(PreTrainedConfig):
         self.dense_layers = list(self.dense_layers or [])
         super().__post_init__(**kwargs)
         self._check()
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def dense_width(self) -> int:
+        """Inner width of a dense feed-forward layer."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def rotary_base(self) -> float:
+        """Base of the rotary angles."""
+        return float((self.rope_parameters or {}).get("rope_theta", self.default_theta))
 
     def has_experts(self, layer: int) -> bool:
         """Tell whether layer ``layer`` (from 0) is a mixture-of-experts layer."""

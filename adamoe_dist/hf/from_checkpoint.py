@@ -1,7 +1,7 @@
 """A checkpoint straight into the transformers class, in memory."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from adamoe_dist.errors import UserError
 from adamoe_dist.hf.configuration_adamoe import AdaMoEConfig
 from adamoe_dist.hf.modeling_adamoe import AdaMoEForCausalLM
 
+if TYPE_CHECKING:
+    from adamoe_dist.checkpoint import RegionReader
+    from adamoe_dist.convert import Weight
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap = str | dict[str, Any]
 Devices = dict[str, torch.device]
 PREFIX = "model."
@@ -29,29 +34,30 @@ def model_from_checkpoint(
     Args:
         path: a checkpoint, a directory of checkpoints or a run directory, whose last complete one is meant.
         dtype: of the weights; a selection bias stays fp32.
-        device_map: None: CPU; "auto" or a map of modules to devices as in transformers, without "disk".
+        device_map: None: CPU; a device; or as in transformers "auto", "balanced", "balanced_low_0", "sequential", or a
+            map of modules to devices without "disk".
 
     Raises:
         UserError: there is no complete checkpoint, or it cannot be read.
     """
     platform.prepare()
-    from adamoe_dist.checkpoint import checkpoint_at, read_config, read_index, read_manifest, read_tensor
-    from adamoe_dist.hf.from_tree import class_tensors
+    from adamoe_dist.checkpoint import RegionReader, checkpoint_at, read_config
+    from adamoe_dist.convert import read_weight
 
     source = checkpoint_at(str(path), "checkpoint")
-    config, index = config_from_dict(read_config(source)), read_index(source)
-    if EMBEDDING not in index:
-        raise UserError(f"{source} has no tensor {EMBEDDING}; choose another checkpoint")
-    model = empty_model(config, index[EMBEDDING].shape[0], read_manifest(source)["step"], dtype)
-    places = _places(model, device_map)
-    keys = [key for key in index if key.startswith(PREFIX)]
-    with progress(len(keys), "tensor", f"read {source.name}") as bar:
-        for key in keys:
-            for name, value in class_tensors(key.removeprefix(PREFIX), read_tensor(source, index, key), config):
-                _put(model, name, value, _device_of(name, places), source)
-            bar.update()
+    config = config_from_dict(read_config(source))
+    with RegionReader(source) as reader:
+        if EMBEDDING not in reader.index:
+            raise UserError(f"{source} has no tensor {EMBEDDING}; choose another checkpoint")
+        rows = reader.index[EMBEDDING].shape[0]
+        model, weights = empty_model(config, config.model.vocab_size or rows, dtype), class_weights(config, rows)
+        _refuse_others(source, reader, weights)
+        places = _places(model, device_map)
+        with progress(len(weights), "tensor", f"read {source.name}") as bar:
+            for weight in weights:
+                _put(model, weight.name, read_weight(reader, weight), _device_of(weight.name, places))
+                bar.update()
     model.tie_weights()
-    _refuse_missing(model, source)
     if len(set(places.values())) > 1:
         from accelerate import dispatch_model
 
@@ -59,21 +65,35 @@ def model_from_checkpoint(
     return model.eval()
 
 
-def empty_model(config: Config, vocab_size: int, step: int, dtype: torch.dtype) -> AdaMoEForCausalLM:
-    """Return a model of a tree without storage for its weights.
+def class_weights(config: Config, vocab_size: int) -> "list[Weight]":
+    """Return the tensors of the class for a model of ``config``, each with its place in the canonical ones."""
+    from adamoe_dist.convert import FAMILIES
 
-    Args:
-        config: the tree.
-        vocab_size: rows of the embedding.
-        step: see ``class_values``.
-        dtype: of the weights.
-    """
-    from adamoe_dist.hf.from_tree import class_values
+    family = FAMILIES[AdaMoEConfig.model_type]
+    return [weight for weight in family.weights(config, config.model.vocab_size or vocab_size) if not weight.is_copy]
 
+
+def empty_model(config: Config, vocab_size: int, dtype: torch.dtype) -> AdaMoEForCausalLM:
+    """Return a model of a tree without storage for its weights; ``vocab_size`` is before padding."""
+    from adamoe_dist.convert import FAMILIES
+
+    values = FAMILIES[AdaMoEConfig.model_type].write(config, vocab_size)
     with torch.device("meta"):
-        model = AdaMoEForCausalLM(AdaMoEConfig(**class_values(config, vocab_size, step)))
+        model = AdaMoEForCausalLM(AdaMoEConfig.from_dict(values))
     model.config.dtype = dtype
     return model.to(dtype)
+
+
+def _refuse_others(source: Path, reader: "RegionReader", weights: "list[Weight]") -> None:
+    """Refuse a checkpoint that lacks a tensor or has one that its model has not."""
+    present = {key for key in reader.index if key.startswith(PREFIX)}
+    wanted = {PREFIX + weight.tensor: weight.whole for weight in weights}
+    for key in sorted(present ^ wanted.keys()):
+        problem = "lacks tensor" if key in wanted else "has a tensor that its configuration does not give it:"
+        raise UserError(f"{source} {problem} {key}; choose another checkpoint")
+    for key, shape in wanted.items():
+        if reader.index[key].shape != shape:
+            raise UserError(f"{source}: {key} has shape {reader.index[key].shape}, its configuration makes it {shape}")
 
 
 def _places(model: AdaMoEForCausalLM, device_map: DeviceMap | None) -> Devices:
@@ -81,16 +101,28 @@ def _places(model: AdaMoEForCausalLM, device_map: DeviceMap | None) -> Devices:
     if device_map is None:
         return {"": torch.device("cpu")}
     if isinstance(device_map, str):
-        if device_map != "auto":
+        if device_map not in DEVICE_MAPS:
             return {"": torch.device(device_map)}
-        from accelerate import infer_auto_device_map
-
-        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules))
+        device_map = _spread(model, device_map)
     if "disk" in device_map.values():
         raise UserError(
-            "device_map sends weights to disk, which needs files; export the checkpoint and load that with from_pretrained"
+            "device_map sends weights to disk, which needs files; export the checkpoint and load the export with "
+            "from_pretrained"
         )
     return {name: torch.device(device) for name, device in device_map.items()}
+
+
+def _spread(model: AdaMoEForCausalLM, how: str) -> dict[str, Any]:
+    """Return accelerate's map over the devices there are, as from_pretrained does."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(model._no_split_modules or ())
+    memory = None
+    if how != "sequential":
+        memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=how == "balanced_low_0")
+    spread: dict[str, Any] = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    return spread
 
 
 def _device_of(name: str, places: Devices) -> torch.device:
@@ -100,22 +132,10 @@ def _device_of(name: str, places: Devices) -> torch.device:
     return places[max(fitting, key=len)]
 
 
-def _put(model: AdaMoEForCausalLM, name: str, value: Tensor, device: torch.device, source: Path) -> None:
+def _put(model: AdaMoEForCausalLM, name: str, value: Tensor, device: torch.device) -> None:
     """Give a weight or buffer of ``model`` its value."""
     module_name, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(module_name)
-        present = getattr(module, leaf)
-    except AttributeError:
-        present = None
-    if present is None or present.shape != value.shape:
-        there = "no such tensor" if present is None else f"one of shape {tuple(present.shape)}"
-        raise UserError(f"{source} has {name} of shape {tuple(value.shape)}, but its configuration gives {there}")
-    moved = value.to(device=device, dtype=present.dtype, copy=True).contiguous()
+    module = model.get_submodule(module_name)
+    present = getattr(module, leaf)
+    moved = value.to(device=device, dtype=present.dtype)
     setattr(module, leaf, torch.nn.Parameter(moved) if isinstance(present, torch.nn.Parameter) else moved)
-
-
-def _refuse_missing(model: AdaMoEForCausalLM, source: Path) -> None:
-    missing = sorted(name for name, value in model.state_dict().items() if value.is_meta)
-    if missing:
-        raise UserError(f"{source} lacks {len(missing)} tensors of its model, first {missing[0]}; choose another")

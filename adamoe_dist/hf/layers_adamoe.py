@@ -205,9 +205,9 @@ class AdaMoEAttention(nn.Module):
     def __init__(self, config: AdaMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        width, self.head_dim = config.hidden_size, config.head_dim
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        width, self.head_dim = config.hidden_size, config.head_width
+        queries, keys = config.num_attention_heads * self.head_dim, config.key_heads * self.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.key_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
@@ -260,7 +260,7 @@ def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def _eager_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

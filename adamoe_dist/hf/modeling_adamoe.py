@@ -34,7 +34,6 @@ from .layers_adamoe import (
 )
 from .routing_adamoe import balance_loss, z_loss
 
-
 IGNORED = -100
 
 
@@ -57,9 +56,7 @@ class AdaMoEDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = AdaMoEAttention(config, layer_idx)
         self.has_experts = config.has_experts(layer_idx)
         self.mlp = (
-            AdaMoEBlock(config, is_first)
-            if self.has_experts
-            else AdaMoEMLP(config.hidden_size, config.intermediate_size)
+            AdaMoEBlock(config, is_first) if self.has_experts else AdaMoEMLP(config.hidden_size, config.dense_width)
         )
         self.input_layernorm = AdaMoERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = AdaMoERMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -187,15 +184,15 @@ class AdaMoEModel(AdaMoEPreTrainedModel):
             last_hidden_state=self.norm(hidden_BSH),
             past_key_values=past_key_values,
             router_logits=tuple(logits) if output_router_logits else None,
-            router_loss=sum(loss.to(losses[0].device) for loss in losses) if losses else None,
+            router_loss=torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None,
         )
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (B, 1, S, D), the angles of the first half of a head repeated for the second."""
-        width = self.config.head_dim
+        width = self.config.head_width
         wide = torch.promote_types(dtype, torch.float32)
         exponents = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32) / width
-        frequencies = (1.0 / self.config.rope_parameters["rope_theta"] ** exponents).to(wide)
+        frequencies = (1.0 / self.config.rotary_base**exponents).to(wide)
         angles = (position_ids.unsqueeze(-1).to(wide) * frequencies).repeat(1, 1, 2).unsqueeze(1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -3,7 +3,14 @@
 from adamoe_dist.inference.choices import NORMALISATIONS, ItemScore, choices_report, score_items
 from adamoe_dist.inference.evaluation import Evaluation, Inputs, Settings, compare, evaluate
 from adamoe_dist.inference.expert_use import ExpertUse, RouterChoice, count_experts, routers_of, watch_routers
-from adamoe_dist.inference.generation import Sample, Sampling, encode_chat, encode_prompt, generate
+from adamoe_dist.inference.generation import (
+    Sample,
+    Sampling,
+    encode_chat,
+    encode_prompt,
+    fit_conversation,
+    generate,
+)
 from adamoe_dist.inference.items import QUESTION_TEMPLATE, Item, read_items, write_items
 from adamoe_dist.inference.opening import OpenedModel, longest_input, open_model
 from adamoe_dist.inference.perplexity import check_windows, cut_document, score_documents, text_report
@@ -29,6 +36,7 @@ __all__ = [
     "encode_chat",
     "encode_prompt",
     "evaluate",
+    "fit_conversation",
     "generate",
     "longest_input",
     "open_model",

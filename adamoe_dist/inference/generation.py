@@ -9,7 +9,7 @@ import torch
 from adamoe_dist.errors import UserError
 from adamoe_dist.inference.decoding import TextStream, find_stop, held_back
 from adamoe_dist.inference.expert_use import count_experts
-from adamoe_dist.inference.opening import OpenedModel
+from adamoe_dist.inference.opening import OpenedModel, not_finite
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -94,6 +94,21 @@ def encode_chat(opened: OpenedModel, messages: Sequence[dict[str, str]]) -> list
     return list(encoded["input_ids"])
 
 
+def fit_conversation(
+    opened: OpenedModel, messages: Sequence[dict[str, str]], sampling: Sampling
+) -> list[dict[str, str]]:  # fmt: skip
+    """Return a conversation without as many of its first exchanges as leave no room for the answer.
+
+    Room is ``max_new_tokens``, else 128 tokens or half of what the model reads, whichever is less. The last message
+    stays, whether it fits or not.
+    """
+    kept = list(messages)
+    wanted = sampling.max_new_tokens or min(DEFAULT_NEW_TOKENS, opened.context // 2)
+    while len(kept) > 1 and len(encode_chat(opened, kept)) + wanted > opened.context:
+        kept = kept[2:]
+    return kept
+
+
 def generate(
     opened: OpenedModel,
     prompt: str,
@@ -115,7 +130,7 @@ def generate(
         with_expert_use: read the result once more and count which experts its tokens use.
 
     Raises:
-        UserError: the prompt is too long for the model.
+        UserError: the prompt is too long for the model, or the model's output is NaN.
     """
     room = _room(opened, len(prompt_ids), sampling)
     watcher = _Watcher(opened.tokenizer, prompt_ids, sampling.stop, on_text)
@@ -127,6 +142,7 @@ def generate(
             attention_mask=torch.ones_like(ids_BS),
             generation_config=_generation_config(opened, sampling, room),
             streamer=watcher,
+            logits_processor=[_refusing_nan(opened)],
             stopping_criteria=[watcher.should_stop],
         )
     watcher.finish()
@@ -191,6 +207,15 @@ def _generation_config(opened: OpenedModel, sampling: Sampling, room: int) -> An
         suppress_tokens=list(range(size, rows)) or None,  # rows that only fill up the embedding have no text
         use_cache=True,
     )
+
+
+def _refusing_nan(opened: OpenedModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def processor(_input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise UserError(not_finite(opened))
+        return scores
+
+    return processor
 
 
 def _expert_use(opened: OpenedModel, ids: list[int], prompt_tokens: int) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """One way to open a model that is to be used: a Hugging Face directory, a checkpoint or a run directory."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from adamoe_dist.errors import UserError
 
 HF_CONFIG = "config.json"
 CHECKPOINT_MANIFEST = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 FALLBACK_CONTEXT = 2048
@@ -36,7 +38,9 @@ class OpenedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        place = torch.device(self.model.get_input_embeddings().weight.device)
+        # Weights that accelerate keeps elsewhere and fetches for each use are on no device; it computes on the first.
+        return platform.device() if place.type == "meta" else place
 
     @property
     def context(self) -> int:
@@ -86,6 +90,11 @@ def open_model(
     return _open_checkpoint(given, dtype, device, tokenizer)
 
 
+def not_finite(opened: OpenedModel) -> str:
+    """Return the refusal of a model whose output is no number."""
+    return f"{opened.description}: its output is NaN or infinite; try --dtype fp32, or choose another checkpoint"
+
+
 def longest_input(path: str | Path) -> int:
     """Return the longest sequence that the model at ``path`` was made for, from its configuration alone.
 
@@ -117,10 +126,10 @@ def _check_choices(dtype: str, device: str) -> None:
         return
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(
-            f"--device {device} is no device; give auto, cpu, cuda, cuda:N or {', '.join(DEVICE_MAPS)}"
-        ) from error
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not known; give auto, cpu, cuda, cuda:N or {', '.join(DEVICE_MAPS)}")
     if kind == "cuda" and not platform.is_cuda():
         raise UserError(f"--device {device}: there is no CUDA device here; give --device cpu")
 
@@ -140,10 +149,11 @@ def _is_hugging_face(path: Path) -> bool:
 def _open_hugging_face(path: Path, dtype: str, device: str, tokenizer: str | None) -> OpenedModel:
     from transformers import AutoModelForCausalLM
 
-    import adamoe_dist.hf  # noqa: F401  registers AdaMoE's classes, so that their copies in a directory are not run
+    # This registers AdaMoE's classes too, so that their copies in a directory are not run.
+    from adamoe_dist.hf import transformers_tokenizer
 
     config = _read_hf_config(path)
-    opened_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else path, f"--checkpoint {path}")
+    chosen = transformers_tokenizer(Path(tokenizer)) if tokenizer else _tokenizer_beside(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -154,8 +164,7 @@ def _open_hugging_face(path: Path, dtype: str, device: str, tokenizer: str | Non
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--checkpoint {path} cannot be opened by transformers: {error}") from error
-    kind = config.get("model_type")
-    return _finish(model, opened_tokenizer, f"{path} ({kind})")
+    return _finish(model, chosen, f"{path} ({config['model_type']})")
 
 
 def _read_hf_config(path: Path) -> dict[str, Any]:
@@ -170,15 +179,14 @@ def _read_hf_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _load_tokenizer(path: Path, wanted_by: str) -> Any:
+def _tokenizer_beside(path: Path) -> Any:
+    """Return the tokenizer that lies in a Hugging Face directory."""
     from transformers import AutoTokenizer
 
-    if not path.is_dir():
-        raise UserError(f"--tokenizer {path} is not a directory; give one with a tokenizer in Hugging Face's format")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"{wanted_by}: {path} has no tokenizer (tokenizer.json, or tokenizer_config.json and its vocabulary); copy "
-            "the model's tokenizer there, or name a directory with --tokenizer"
+            f"--checkpoint {path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's there, or name a "
+            "directory with --tokenizer"
         )
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -190,15 +198,16 @@ def _open_checkpoint(path: Path, dtype: str, device: str, tokenizer: str | None)
     platform.prepare()
     from adamoe_dist.checkpoint import checkpoint_at, read_config
     from adamoe_dist.config import config_from_dict
-    from adamoe_dist.hf import model_from_checkpoint
+    from adamoe_dist.hf import model_from_checkpoint, tokenizer_from_checkpoint, transformers_tokenizer
 
+    if device in DEVICE_MAPS:
+        raise UserError(f"--device {device} is for Hugging Face directories; give auto, or export {path} first")
     source = checkpoint_at(str(path), "--checkpoint")
     config = config_from_dict(read_config(source))
-    opened_tokenizer = _load_tokenizer(Path(tokenizer or config.data.tokenizer), f"--checkpoint {path}")
-    chosen = platform.compute_precision("auto") if dtype == "auto" else dtype
-    placement = _placement(device)
-    model = model_from_checkpoint(source, DTYPES[chosen], placement)
-    return _finish(model, opened_tokenizer, str(source), config.reference_top_k)
+    chosen = transformers_tokenizer(Path(tokenizer)) if tokenizer else tokenizer_from_checkpoint(source)
+    precision = platform.compute_precision("auto") if dtype == "auto" else dtype
+    model = model_from_checkpoint(source, DTYPES[precision], _placement(device))
+    return _finish(model, chosen, str(source), config.reference_top_k)
 
 
 def _finish(model: Any, tokenizer: Any, name: str, reference_top_k: int | None = None) -> OpenedModel:
@@ -210,8 +219,9 @@ def _finish(model: Any, tokenizer: Any, name: str, reference_top_k: int | None =
         )
     model.eval().requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    description = f"{name}, {parameters:,} parameters, {_words(model.dtype)} on {model.device}"
-    return OpenedModel(model, tokenizer, description, reference_top_k or _reference_top_k(model.config))
+    description = f"{name}, {parameters:,} parameters, {_words(model.dtype)}"
+    opened = OpenedModel(model, tokenizer, description, reference_top_k or _reference_top_k(model.config))
+    return dataclasses.replace(opened, description=f"{description} on {opened.device}")
 
 
 def _words(dtype: torch.dtype) -> str:

@@ -88,7 +88,8 @@ def cut_document(opened: OpenedModel, text: str, source: str, context: int, stri
     Raises:
         UserError: the text has no tokens.
     """
-    ids = opened.tokenizer.encode(text, add_special_tokens=False)
+    # As in training, the names of special tokens inside a text are text.
+    ids = opened.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     if not ids:
         raise UserError(f"{source} has no text that the tokenizer keeps; leave it out")
     whole = (opened.prefix_id, *ids)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamoe_dist.errors import UserError
 from adamoe_dist.inference.expert_use import ExpertUse
-from adamoe_dist.inference.opening import OpenedModel
+from adamoe_dist.inference.opening import OpenedModel, not_finite
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,23 @@ def score_sequences(
 
     Returns:
         The scores, in the order of ``sequences``.
+
+    Raises:
+        UserError: a log-likelihood is NaN or infinite, or the GPU's memory is too small.
     """
     order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), sequences[index].ids))
     scores: dict[int, TokenScores] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        scores.update(zip(chosen, _score_batch(opened, [sequences[i] for i in chosen], use), strict=True))
+        batch = [sequences[index] for index in chosen]
+        try:
+            scored = _score_batch(opened, batch, use)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--batch-size {batch_size}: so many sequences of up to {len(batch[0].ids)} tokens do not fit into the "
+                "GPU's memory; give fewer, or a shorter --context"
+            ) from error
+        scores.update(zip(chosen, scored, strict=True))
         on_scored(len(chosen))
     return [scores[index] for index in range(len(sequences))]
 
@@ -92,15 +104,17 @@ def _score_batch(opened: OpenedModel, batch: list[TokenSequence], use: ExpertUse
         input_ids=ids_BS.to(opened.device),
         attention_mask=real_BS.to(opened.device).long(),
         use_cache=False,
-        logits_to_keep=torch.arange(first, length, device=opened.device),
+        logits_to_keep=length - first,
     ).logits
-    return [_scores_of(logits_BPV[row], sequence, first) for row, sequence in enumerate(batch)]
+    return [_scores_of(opened, logits_BPV[row], sequence, first) for row, sequence in enumerate(batch)]
 
 
-def _scores_of(logits_PV: Tensor, sequence: TokenSequence, first: int) -> TokenScores:
+def _scores_of(opened: OpenedModel, logits_PV: Tensor, sequence: TokenSequence, first: int) -> TokenScores:
     needed_PV = logits_PV[sequence.first_scored - 1 - first : len(sequence.ids) - 1 - first].float()
     targets_P = torch.tensor(sequence.ids[sequence.first_scored :], device=needed_PV.device)
     chosen_P = needed_PV.gather(1, targets_P[:, None])[:, 0]
     log_likelihoods_P = chosen_P - needed_PV.logsumexp(dim=1)
+    if not log_likelihoods_P.isfinite().all():
+        raise UserError(not_finite(opened))
     greedy = bool((needed_PV.argmax(dim=1) == targets_P).all())
     return TokenScores(log_likelihoods_P.double().cpu(), greedy)

@@ -133,6 +133,16 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_convert(tmp_path: Path) -> None:
+    sizes = ["--gigabytes", "0.01", "--hidden", "64", "--directory", str(tmp_path), "--json", str(tmp_path / "c.json")]
+    printed(benchmark("convert.py", *sizes), "| import |", "the export has the files that were imported, to the byte")
+    content = numbers(tmp_path / "c.json")
+    assert content["same"]
+    parts = content["parts"]
+    assert parts["import"]["written"] > 2 * content["made"]["bytes"] and parts["export"]["ours"]["seconds"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json"]
+
+
 def test_checkpoint(tmp_path: Path) -> None:
     sizes = ["--hidden", "64", "--layers", "1", "--pairs", "1", "--directory", str(tmp_path)]
     printed(benchmark("checkpoint.py", *sizes, "--json", str(tmp_path / "c.json")), "plain save", "stall in background")

@@ -65,7 +65,7 @@ def test_inspect(tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         ("", "the following arguments are required: COMMAND"),
-        ("export --from x", "invalid choice: 'export'"),
+        ("divide --from x", "invalid choice: 'divide'"),
         ("inspect", "the following arguments are required: --from"),
         ("inspect --from absent", "--from=.*absent is not a directory"),
         ("set-null-experts --from x --to y --num-null-experts few --top-k 2", "invalid int value: 'few'"),

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import merged
+from tests.distributed.cases import VOCAB, merged
 from tests.model.layers import config_of, model_of
 
 SMALL = {
@@ -76,19 +76,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def pair_of(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
+def pair_of(changes: dict[str, Any], vocab_size: int = VOCAB) -> tuple[Any, Any, Any]:
     """Return the configuration, the Megatron model and the class; no weight is zero or one where it starts so."""
-    from adamoe_dist.hf import AdaMoEForCausalLM
-
     changes = merged(SMALL, changes)
     config, _ = config_of(changes)
-    megatron = model_of(changes)
+    megatron = model_of(changes, vocab_size=vocab_size)
     draws = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, tensor in canonical(megatron).items():
             if "norm" in name or "bias" in name or "constant" in name or "residual" in name:
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=draws))
-    return config, megatron, class_of(config, megatron, AdaMoEForCausalLM)
+    return config, megatron, class_of(config, megatron, vocab_size)
 
 
 def canonical(megatron: Any) -> dict[str, torch.Tensor]:
@@ -98,15 +96,30 @@ def canonical(megatron: Any) -> dict[str, torch.Tensor]:
     return weights | canonical_buffers(megatron)
 
 
-def class_of(config: Any, megatron: Any, kind: Any) -> Any:
-    from adamoe_dist.hf import AdaMoEConfig
-    from adamoe_dist.hf.from_tree import class_tensors, class_values
+def class_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the class's tensors are, of canonical ones, by the table."""
+    from adamoe_dist.hf.from_checkpoint import class_weights
 
-    tensors = {}
-    for name, tensor in canonical(megatron).items():
-        tensors.update(class_tensors(name, tensor.detach(), config))
-    rows = tensors["model.embed_tokens.weight"].shape[0]
-    model = kind(AdaMoEConfig(**class_values(config, rows)))
+    found = {}
+    for weight in class_weights(config, tensors["embedding.word_embeddings.weight"].shape[0]):
+        if weight.tensor not in tensors:
+            continue
+        whole = tensors[weight.tensor]
+        assert tuple(whole.shape) == weight.whole, weight
+        blocks = [
+            whole[tuple(slice(at, at + size) for at, size in zip(place.offsets, place.sizes, strict=True))]
+            for place in weight.places
+        ]
+        found[weight.name] = torch.cat([block.flatten() for block in blocks]).view(weight.shape)
+    return found
+
+
+def class_of(config: Any, megatron: Any, vocab_size: int) -> Any:
+    from adamoe_dist.convert import FAMILIES
+    from adamoe_dist.hf import AdaMoEConfig, AdaMoEForCausalLM
+
+    tensors = class_tensors(config, {name: tensor.detach() for name, tensor in canonical(megatron).items()})
+    model = AdaMoEForCausalLM(AdaMoEConfig.from_dict(FAMILIES["adamoe"].write(config, vocab_size)))
     if config.model.tie_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, strict=True)
@@ -115,9 +128,5 @@ def class_of(config: Any, megatron: Any, kind: Any) -> Any:
 
 def class_gradients(config: Any, megatron: Any) -> dict[str, torch.Tensor]:
     """The Megatron model's gradients under the class's names."""
-    from adamoe_dist.hf.from_tree import class_tensors
-
-    gradients: dict[str, torch.Tensor] = {}
-    for name, parameter in megatron.named_parameters():
-        gradients.update(class_tensors(name.removeprefix("gpt."), parameter.grad, config))
-    return gradients
+    gradients = {name.removeprefix("gpt."): parameter.grad for name, parameter in megatron.named_parameters()}
+    return class_tensors(config, gradients)

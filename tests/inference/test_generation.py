@@ -3,8 +3,19 @@
 import pytest
 import torch
 
+from adamoe_dist.data import Document, train_tokenizer
 from adamoe_dist.errors import UserError
-from adamoe_dist.inference import Sampling, encode_chat, encode_prompt, generate, open_model
+from adamoe_dist.hf import transformers_tokenizer
+from adamoe_dist.inference import (
+    Sampling,
+    cut_document,
+    encode_chat,
+    encode_prompt,
+    fit_conversation,
+    generate,
+    open_model,
+    score_documents,
+)
 from adamoe_dist.inference.decoding import TextStream, find_stop, held_back
 from tests.inference.conftest import FAMILIES
 from tests.inference.tiny import CONTEXT, TEXT, save_model
@@ -121,6 +132,17 @@ def test_length_is_that_of_the_model(opened_models) -> None:
         run(opened, prompt="house " * 99)
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_broken_model_is_refused(tmp_path, temperature: float) -> None:
+    opened = open_model(save_model(tmp_path, "adamoe"))
+    with torch.no_grad():
+        opened.model.model.norm.weight[3] = float("nan")
+    with pytest.raises(UserError, match="its output is NaN or infinite"):
+        run(opened, temperature=temperature)
+    with pytest.raises(UserError, match="its output is NaN or infinite"):
+        score_documents(opened, [cut_document(opened, "The cat", "text", 8, 8)], 1)
+
+
 def test_an_empty_prompt_begins_a_text(opened_models) -> None:
     for family in ("mixtral", "olmoe"):
         opened = opened_models[family]
@@ -135,6 +157,12 @@ def test_a_conversation_needs_a_template(opened_models, tmp_path) -> None:
     chatty = open_model(save_model(tmp_path, "adamoe", with_bos=False, with_chat=True))
     ids = encode_chat(chatty, messages)
     assert chatty.tokenizer.decode(ids) == "<user>blue?\n<assistant>"
+    exchange = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
+    sampling = Sampling(max_new_tokens=8)
+    assert fit_conversation(chatty, messages, sampling) == messages
+    kept = fit_conversation(chatty, [*exchange * 9, *messages], sampling)
+    assert kept == [*exchange * ((len(kept) - 1) // 2), *messages] and 1 < len(kept) < 19
+    assert len(encode_chat(chatty, kept)) + 8 <= CONTEXT < len(encode_chat(chatty, [*exchange, *kept])) + 8
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 30])
@@ -148,6 +176,18 @@ def test_text_comes_in_whole_characters_and_complete(opened_models, start: int) 
         whole = "".join(pieces) + stream.finish()
         if "\ufffd" not in tokenizer.decode(ids[:start]):
             assert tokenizer.decode(ids[:start]) + whole == text
+
+
+def test_a_sentencepiece_tokenizer_keeps_its_spaces(tmp_path) -> None:
+    train_tokenizer((Document(text, "text") for text in TEXT * 20), 340, tmp_path)
+    tokenizer = transformers_tokenizer(tmp_path)
+    for text in [*TEXT, " two  spaces", "\nlines\n\n", "\u2581 mark"]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        for start in (0, 1, 9):
+            stream = TextStream(tokenizer, ids[:start])
+            whole = "".join([stream.push(token_id) for token_id in ids[start:]]) + stream.finish()
+            if "\ufffd" not in tokenizer.decode(ids[:start]):
+                assert tokenizer.decode(ids[:start]) + whole == text
 
 
 def test_bytes_that_are_no_character_come_out_at_the_end(opened_models) -> None:

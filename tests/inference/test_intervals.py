@@ -10,6 +10,7 @@ from adamoe_dist.inference.intervals import (
     mcnemar_p,
     paired_accuracy_report,
     paired_bits_report,
+    paired_interval,
     wilson_interval,
 )
 
@@ -41,6 +42,21 @@ def test_mcnemar_against_all_outcomes() -> None:
         assert mcnemar_p(gained, lost) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("shares", [(0.4, 0.2, 0.2, 0.2), (0.5, 0.1, 0.05, 0.35), (0.2, 0.3, 0.1, 0.4)])
+def test_a_paired_interval_holds_the_truth_as_often_as_it_says(shares: tuple[float, ...]) -> None:
+    """Exactly, over all outcomes of 24 items."""
+    items, covered = 24, 0.0
+    for both in range(items + 1):
+        for gained in range(items + 1 - both):
+            for lost in range(items + 1 - both - gained):
+                counts = (both, gained, lost, items - both - gained - lost)
+                ways = math.factorial(items) / math.prod(math.factorial(count) for count in counts)
+                chance = ways * math.prod(share**count for share, count in zip(shares, counts, strict=True))
+                low, high = paired_interval(*counts)
+                covered += chance * (low <= shares[1] - shares[2] <= high)
+    assert 0.94 < covered < 0.975
+
+
 def test_a_paired_difference_and_its_interval() -> None:
     generator = np.random.default_rng(1)
     here, there = generator.random(400) < 0.6, generator.random(400) < 0.5
@@ -49,10 +65,11 @@ def test_a_paired_difference_and_its_interval() -> None:
     assert report["difference"] == pytest.approx(gaps.mean())
     low, high = report["interval_95"]
     error = gaps.std() / math.sqrt(400)
-    assert low == pytest.approx(gaps.mean() - 1.96 * error, abs=0.01)
-    assert high == pytest.approx(gaps.mean() + 1.96 * error, abs=0.01)
-    same = paired_accuracy_report(here.tolist(), here.tolist())
-    assert same["difference"] == 0 and same["interval_95"] == [0, 0] and same["mcnemar_p"] == 1
+    assert low == pytest.approx(gaps.mean() - 1.96 * error, abs=0.005)
+    assert high == pytest.approx(gaps.mean() + 1.96 * error, abs=0.005)
+    same = paired_accuracy_report([True] * 2 + [False] * 3, [True] * 2 + [False] * 3)
+    assert same["difference"] == 0 and same["mcnemar_p"] == 1
+    assert same["interval_95"][0] == -same["interval_95"][1] < -0.1, "five items cannot say that two models are equal"
 
 
 def test_bits_are_compared_over_documents() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adamoe_dist.errors import UserError
-from adamoe_dist.inference import longest_input, open_model
+from adamoe_dist.inference import count_experts, cut_document, longest_input, open_model, score_documents
 from tests.inference.tiny import CONTEXT, save_model, save_tokenizer, tiny_model
 
 
@@ -42,6 +42,28 @@ def test_the_own_class_is_used_though_the_directory_brings_code(tmp_path) -> Non
     }
     (path / "config.json").write_text(json.dumps(config))
     assert type(open_model(path).model).__module__ == "adamoe_dist.hf.modeling_adamoe"
+
+
+def test_an_accelerate_map_gives_the_same_model(directories, tmp_path) -> None:
+    ids = torch.tensor([[1, 5, 9, 30]])
+    expected = open_model(directories["adamoe"], device="cpu").model(ids).logits
+    mapped = open_model(directories["adamoe"], device="sequential")
+    torch.testing.assert_close(mapped.model(ids.to(mapped.device)).logits.cpu(), expected)
+
+
+def test_a_model_on_the_disk_is_used_as_one_in_memory(directories, tmp_path) -> None:
+    """accelerate fetches weights for each use; its hooks move what they compute with."""
+    from accelerate import disk_offload
+
+    plain, offloaded = (open_model(directories["adamoe"], device="cpu") for _ in range(2))
+    disk_offload(offloaded.model, tmp_path, execution_device=torch.device("cpu"))
+    assert offloaded.model.get_input_embeddings().weight.device.type == "meta"
+    if not torch.cuda.is_available():
+        assert offloaded.device.type == "cpu"
+        documents = [cut_document(plain, "The cat sat on the mat", "text", 8, 4)]
+        with count_experts(offloaded.model) as use:
+            nats = score_documents(offloaded, documents, 2, use)
+        assert nats == pytest.approx(score_documents(plain, documents, 2)) and use.report(2)["tokens"] > 5
 
 
 def _without(path, *names: str):
@@ -88,7 +110,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": "int3"}, "--dtype int3"), ({"device": "toaster"}, "--device toaster"), ({"device": "cuda:7"}, "CUDA")],
+    [
+        ({"dtype": "int3"}, "--dtype int3"),
+        ({"device": "toaster"}, "--device toaster"),
+        ({"device": "meta"}, "--device meta"),
+        ({"device": "cuda:7"}, "CUDA"),
+    ],
 )
 def test_options_are_checked(directories, options: dict[str, str], message: str) -> None:
     if options.get("device") == "cuda:7" and torch.cuda.is_available():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from adamoe_dist.errors import UserError
 from adamoe_dist.inference import count_experts
 from adamoe_dist.inference.scoring import TokenSequence, score_sequences
 from tests.inference.conftest import FAMILIES
@@ -102,3 +103,17 @@ def test_a_dense_model_has_no_experts_to_count(opened_models) -> None:
     with count_experts(opened_models["llama"].model) as use:
         pass
     assert use.report(None) is None
+
+
+def test_a_batch_that_does_not_fit_is_named(opened_models) -> None:
+    opened = opened_models["olmoe"]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("there is no GPU here that could be full")
+
+    handle = opened.model.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(UserError, match="--batch-size 4: so many sequences of up to 20 tokens do not fit"):
+            score_sequences(opened, sequences_of(len(opened.tokenizer)), 4)
+    finally:
+        handle.remove()

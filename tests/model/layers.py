@@ -22,13 +22,15 @@ def config_of(changes: dict[str, Any], world_size: int = 1) -> tuple[Any, Any]:
     return config, resolve(config, world_size)
 
 
-def model_of(changes: dict[str, Any], dtype: torch.dtype = torch.float32, world_size: int = 1) -> Any:
+def model_of(
+    changes: dict[str, Any], dtype: torch.dtype = torch.float32, world_size: int = 1, vocab_size: int = VOCAB
+) -> Any:
     from adamoe_dist import platform
     from adamoe_dist.model import build_model
 
     platform.seed_everything(3, deterministic=False)
     config, resolved = config_of(changes, world_size)
-    return build_model(config, resolved, VOCAB, dtype, cuda=False).model
+    return build_model(config, resolved, vocab_size, dtype, cuda=False).model
 
 
 def layer_of(changes: dict[str, Any], expert_parallel: int = 1) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from adamoe_dist.convert.families.adamoe import AdaMoE
 from adamoe_dist.convert.families.deepseek import DeepSeek
 from adamoe_dist.convert.families.dense import Llama, Mistral, Qwen3
 from adamoe_dist.convert.families.mixtral import Mixtral
@@ -15,7 +16,7 @@ VANILLA: tuple[Family, ...] = (Mixtral(), OLMoE(), Qwen3MoE(), Qwen2MoE())
 """Families that a run's model is exported to, tried in this order."""
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*VANILLA, DeepSeek(), Llama(), Mistral(), Qwen3())
+    family.model_type: family for family in (*VANILLA, DeepSeek(), Llama(), Mistral(), Qwen3(), AdaMoE())
 }
 
 

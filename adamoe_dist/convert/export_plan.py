@@ -1,0 +1,228 @@
+"""What a Hugging Face directory of a checkpoint will be: its family, its config.json, its files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamoe_dist.checkpoint import RegionReader, checkpoint_at, read_config
+from adamoe_dist.config import Config, config_from_dict
+from adamoe_dist.convert.families import FAMILIES, VANILLA
+from adamoe_dist.convert.family import Family, meaning
+from adamoe_dist.convert.hf_directory import CONFIG_FILE, SINGLE
+from adamoe_dist.convert.mapping import Weight
+from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
+from adamoe_dist.convert.safetensors_files import NAMES, read_json
+from adamoe_dist.convert.tokenizer_files import has_tokenizer
+from adamoe_dist.data import Tokenizer
+from adamoe_dist.errors import UserError
+
+OWN_FAMILY = "adamoe"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will write; everything that can be refused was.
+
+    Attributes:
+        checkpoint: the checkpoint directory.
+        config: its tree.
+        family: of the Hugging Face model.
+        config_json: the content of ``config.json``.
+        shards: the tensors of each file, each with its type.
+        origin: of an imported model.
+        tokenizer: the directory whose tokenizer goes along, or the run's tokenizer; None: none is known.
+    """
+
+    checkpoint: Path
+    config: Config
+    family: Family
+    config_json: bytes
+    shards: dict[str, list[tuple[Weight, torch.dtype]]]
+    origin: Origin | None
+    tokenizer: Path | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of tensors that will be written."""
+        tensors = (item for shard in self.shards.values() for item in shard)
+        return sum(weight.elements * dtype.itemsize for weight, dtype in tensors)
+
+
+def plan_export(
+    source: str,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    family: str | None = None,
+    vocab_size: int | None = None,
+) -> ExportPlan:
+    """Look at a checkpoint and say what its export will write.
+
+    Args:
+        source: a checkpoint, a directory of them, or a run directory.
+        dtype: fp32, bf16 or fp16; None: as the tensors were that were imported, else fp32.
+        max_shard_bytes: of a file; None: as the files were that were imported, else 5 GB.
+        family: a ``model_type``; None: that of the imported model, else the first that has such a model.
+        vocab_size: rows of the embedding; None: as the checkpoint or its tokenizer says.
+
+    Raises:
+        UserError: no family has such a model, or a tensor of the checkpoint has no place in it.
+    """
+    checkpoint = checkpoint_at(source, "--from")
+    config = config_from_dict(read_config(checkpoint))
+    origin = origin_of(checkpoint) or origin_of_run(config)
+    tokenizer = _run_tokenizer(checkpoint, config)
+    if origin is not None:
+        tokenizer = origin.files if has_tokenizer(origin.files) else None
+    rows = vocab_size or _vocab_size(config, origin, tokenizer)
+    chosen = choose_family(config, rows, origin, family)
+    is_same = origin is not None and chosen is origin.family and _is_same_model(config, origin)
+    weights = list(chosen.weights(config, rows))
+    if origin is None or not is_same:
+        weights = [weight for weight in weights if not weight.is_copy]
+    else:
+        weights = [weight for weight in weights if not weight.is_copy or weight.name in origin.tensors]
+    _check_tensors(checkpoint, weights, chosen)
+    known = origin.tensors if origin is not None and is_same else {}
+    types = {
+        weight.name: NAMES[dtype] if dtype and not weight.stays_fp32 else known.get(weight.name, (torch.float32, ""))[0]
+        for weight in weights
+    }
+    if origin is not None and is_same:
+        content = _config_as_before(origin, types, dtype)
+    else:
+        values = chosen.write(config, rows) | _special_ids(origin, tokenizer) | {"torch_dtype": _main_type(types)}
+        content = _json(values)
+    is_as_before = known.keys() == types.keys() and max_shard_bytes is None
+    shards = _old_shards(weights, types, known) if is_as_before else None
+    if shards is None:
+        shards = _new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
+    return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer)
+
+
+def choose_family(config: Config, vocab_size: int, origin: Origin | None = None, name: str | None = None) -> Family:
+    """Return the family that a model is exported to.
+
+    Raises:
+        UserError: the one that was asked for, or every one there is, lacks something that the model has.
+    """
+    if name is not None:
+        if name not in FAMILIES:
+            raise UserError(f"--family {name} is not known; choose one of {', '.join(FAMILIES)}")
+        candidates = [FAMILIES[name]]
+    else:
+        own = [FAMILIES[OWN_FAMILY]] if OWN_FAMILY in FAMILIES else []
+        first = [origin.family] if origin is not None else []
+        candidates = [*first, *(family for family in VANILLA if family not in first), *own]
+    lacks = {}
+    for family in candidates:
+        problems = family.inexpressible(config, vocab_size)
+        if not problems:
+            return family
+        lacks[family.model_type] = problems[0]
+    listed = "; ".join(f"{family}: {problem}" for family, problem in lacks.items())
+    raise UserError(f"no family has such a model ({listed}); see docs/huggingface.md for what each can express")
+
+
+def _is_same_model(config: Config, origin: Origin) -> bool:
+    values = read_json(origin.files / CONFIG_FILE)
+    return meaning(origin.family.read(values).config()) == meaning(config)
+
+
+def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None) -> int:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    if origin is not None:
+        return origin.vocab_size
+    if tokenizer is not None:
+        return Tokenizer.load(tokenizer).vocab_size
+    raise UserError(
+        f"data.tokenizer={config.data.tokenizer} of the run is not there, so that the size of its vocabulary is not "
+        "known; give --vocab-size"
+    )
+
+
+def _run_tokenizer(checkpoint: Path, config: Config) -> Path | None:
+    """Return where a run's tokenizer is: the copy that the run keeps, or what it was given."""
+    kept, given = checkpoint.parent.parent / "tokenizer", Path(config.data.tokenizer)
+    if kept.is_dir():
+        return kept
+    return given if config.data.tokenizer and given.exists() else None
+
+
+def _check_tensors(checkpoint: Path, weights: list[Weight], family: Family) -> None:
+    """Check that the checkpoint has the tensors that the family needs, and no others."""
+    with RegionReader(checkpoint) as reader:
+        present = {key.removeprefix("model."): e.shape for key, e in reader.index.items() if key.startswith("model.")}
+    wanted = {weight.tensor: weight.whole for weight in weights}
+    for name, shape in wanted.items():
+        if name not in present:
+            raise UserError(f"{checkpoint}: tensor {name} is missing, which a {family.model_type} model needs")
+        if present[name] != shape:
+            raise UserError(
+                f"{checkpoint}: tensor {name} has shape {present[name]}, its configuration makes it {shape}; "
+                "give --vocab-size if it is the vocabulary's"
+            )
+    for name in present:
+        if name not in wanted:
+            raise UserError(f"{checkpoint}: tensor {name} has no place in a {family.model_type} model")
+
+
+def _config_as_before(origin: Origin, types: dict[str, torch.dtype], dtype: str | None) -> bytes:
+    """Return the imported ``config.json``: to the byte, but where another type was asked for."""
+    content = (origin.files / CONFIG_FILE).read_bytes()
+    if dtype is None or {name: kind for name, (kind, _) in origin.tensors.items()} == types:
+        return content
+    values = json.loads(content)
+    return _json(values | {"dtype" if "dtype" in values else "torch_dtype": _main_type(types)})
+
+
+def _special_ids(origin: Origin | None, tokenizer: Path | None) -> dict[str, Any]:
+    """Return the ids that begin, end and pad a text: those of the imported model, else of the run's tokenizer."""
+    if origin is not None:
+        values = read_json(origin.files / CONFIG_FILE)
+        return {name: values[name] for name in _SPECIAL_IDS if name in values}
+    if tokenizer is None:
+        return {}
+    loaded = Tokenizer.load(tokenizer)
+    return dict(zip(_SPECIAL_IDS, (loaded.bos_id, loaded.eod_id, loaded.pad_id), strict=True))
+
+
+def _main_type(types: dict[str, torch.dtype]) -> str:
+    return str(next(iter(types.values()))).removeprefix("torch.")
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _old_shards(
+    weights: list[Weight], types: dict[str, torch.dtype], known: dict[str, tuple[torch.dtype, str]]
+) -> dict[str, list[tuple[Weight, torch.dtype]]]:
+    by_name = {weight.name: weight for weight in weights}
+    shards: dict[str, list[tuple[Weight, torch.dtype]]] = {}
+    for name, (_, file) in known.items():
+        shards.setdefault(file, []).append((by_name[name], types[name]))
+    return shards
+
+
+def _new_shards(
+    weights: list[Weight], types: dict[str, torch.dtype], most: int
+) -> dict[str, list[tuple[Weight, torch.dtype]]]:
+    """Fill files of at most ``most`` bytes in the order of the layers; a tensor that is larger has one for itself."""
+    parts: list[list[tuple[Weight, torch.dtype]]] = [[]]
+    size = 0
+    for weight in weights:
+        nbytes = weight.elements * types[weight.name].itemsize
+        if parts[-1] and size + nbytes > most:
+            parts.append([])
+            size = 0
+        parts[-1].append((weight, types[weight.name]))
+        size += nbytes
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}

@@ -1,0 +1,104 @@
+"""How many true experts a checkpoint's model uses on a text, layer by layer, before any training.
+
+Axes: T tokens, E true experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamoe_dist.checkpoint import read_config
+from adamoe_dist.config import config_from_dict
+from adamoe_dist.convert.megatron_model import megatron_model
+from adamoe_dist.data import Tokenizer
+from adamoe_dist.errors import UserError
+
+LONGEST = 1024
+MOST_TOKENS = 65536
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What the tokens of a text did at one MoE layer.
+
+    Attributes:
+        layer: its number, from 0.
+        true_experts_per_token: the load.
+        null_share: part of the slots that null experts took.
+        all_null_share: part of the tokens that took null experts only.
+    """
+
+    layer: int
+    true_experts_per_token: float
+    null_share: float
+    all_null_share: float
+
+
+def measure_load(checkpoint: Path, vocab_size: int, tokenizer: Path, texts: list[Path]) -> tuple[int, list[LayerLoad]]:
+    """Route texts through the model of a checkpoint in one process.
+
+    Args:
+        checkpoint: the checkpoint directory.
+        vocab_size: rows of its embedding before padding.
+        tokenizer: the directory of its tokenizer.
+        texts: files, of which the first :data:`MOST_TOKENS` tokens are read.
+
+    Returns:
+        The tokens read, and each MoE layer's load.
+
+    Raises:
+        UserError: a text or the tokenizer cannot be read, or there is nothing in the texts.
+    """
+    config = config_from_dict(read_config(checkpoint))
+    length = min(LONGEST, config.model.sequence_length)
+    windows = list(_windows(Tokenizer.load(tokenizer), texts, length))
+    counts = torch.zeros(len(config.moe_layers), 3, dtype=torch.float64)
+    with torch.no_grad(), megatron_model(checkpoint, vocab_size) as model:
+        device = next(model.parameters()).device
+        for place, module in enumerate(model.moe_layers):
+            module.router.register_forward_hook(_counting(counts[place]))
+        for window in windows:
+            model.logits(window.to(device))
+    loads = []
+    for layer, (tokens, true_slots, all_null) in zip(config.moe_layers, counts.tolist(), strict=True):
+        load = true_slots / tokens
+        loads.append(LayerLoad(layer, load, 1.0 - load / config.moe.top_k, all_null / tokens))
+    return sum(window.numel() for window in windows), loads
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: it cannot be read as UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"--text {file} cannot be read as UTF-8 text ({problem}); give a text file") from None
+
+
+def _windows(tokenizer: Tokenizer, texts: list[Path], length: int) -> Iterator[Tensor]:
+    """Yield token ids (1, S) of at most ``length``."""
+    left = MOST_TOKENS
+    for file in texts:
+        ids = tokenizer.encode(read_text(file))[:left]
+        if not ids and left:
+            raise UserError(f"--text {file} has no tokens; give another")
+        left -= len(ids)
+        for start in range(0, len(ids), length):
+            yield torch.tensor([ids[start : start + length]])
+
+
+def _counting(counts: Tensor) -> Any:
+    """Return a hook on a router that adds tokens, their true slots and those without any to ``counts`` (3,)."""
+
+    def count(_: Any, __: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        loads_T = outputs[1].sum(dim=1)
+        counts.add_(torch.stack([torch.ones_like(loads_T).sum(), loads_T.sum(), (loads_T == 0).sum()]).double().cpu())
+
+    return count

@@ -1,0 +1,95 @@
+"""What an import keeps of where a model came from, so that an export can give it back.
+
+``CKPT_DIR/huggingface/`` has the files beside the weights as they were; ``huggingface.json`` in the checkpoint, under
+its manifest, has their hashes, and the type and the file of each tensor.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamoe_dist.checkpoint import CheckpointError, checkpoint_at, describe_file, read_manifest, verify_files
+from adamoe_dist.config import Config
+from adamoe_dist.convert.families import FAMILIES
+from adamoe_dist.convert.family import Family
+from adamoe_dist.convert.safetensors_files import DTYPES, Stored, read_json
+from adamoe_dist.errors import UserError
+
+FILES = "huggingface"
+RECORD = "huggingface.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint's model came from.
+
+    Attributes:
+        family: of the Hugging Face model.
+        vocab_size: rows of its embedding.
+        files: the directory with its files; they have the hashes that the checkpoint names.
+        tensors: type and file of each tensor, file by file, as they lay there.
+    """
+
+    family: Family
+    vocab_size: int
+    files: Path
+    tensors: dict[str, tuple[torch.dtype, str]]
+
+
+def record_of(family: Family, vocab_size: int, tensors: dict[str, Stored], files: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of :data:`RECORD`.
+
+    Args:
+        family: of the model.
+        vocab_size: rows of the embedding.
+        tensors: by name.
+        files: size and hash of each kept file.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start))
+    return {
+        "family": family.model_type,
+        "vocab_size": vocab_size,
+        "files": files,
+        "tensors": {name: [stored.dtype, stored.file] for name, stored in ordered},
+    }
+
+
+def origin_of(checkpoint: Path) -> Origin | None:
+    """Return where the model of a checkpoint directory came from, or None where it is not an imported one.
+
+    Raises:
+        UserError: one of the kept files is missing or was changed.
+    """
+    if RECORD not in read_manifest(checkpoint)["files"]:
+        return None
+    verify_files(checkpoint, [RECORD])
+    record = read_json(checkpoint / RECORD)
+    directory = checkpoint.parent / FILES
+    for name, entry in record["files"].items():
+        _require_kept(directory / name, entry)
+    tensors = {name: (DTYPES[code], file) for name, (code, file) in record["tensors"].items()}
+    return Origin(FAMILIES[record["family"]], int(record["vocab_size"]), directory, tensors)
+
+
+def _require_kept(file: Path, entry: dict[str, Any]) -> None:
+    if not file.is_file() or describe_file(file) != entry:
+        raise UserError(f"{file} is missing or was changed after the import; import the model again")
+
+
+def origin_of_run(config: Config) -> Origin | None:
+    """Return where the weights came from that a run started with, or its tokenizer; None: from no import.
+
+    A run that was continued no longer names its first weights, but still the tokenizer that was imported with them.
+    """
+    places = [config.checkpoint.load_weights, config.data.tokenizer and str(Path(config.data.tokenizer).parent)]
+    for place in places:
+        if place and Path(place).is_dir():
+            try:
+                found = origin_of(checkpoint_at(place, "checkpoint.load_weights"))
+            except (UserError, CheckpointError):
+                continue
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,246 @@
+"""The model card: README.md of an exported model, from what its checkpoint and its run say."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adamoe_dist import __version__
+from adamoe_dist.config import Config
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+_LAYER_COLUMNS = {
+    "true_experts_per_token": "true experts a token",
+    "null_share": "null share of the slots",
+    "all_null_share": "tokens with null experts only",
+    "expert_max_over_mean": "busiest expert over the mean",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run recorded last, up to a checkpoint's step.
+
+    Attributes:
+        record: the last line of metrics.jsonl; empty: there is none.
+        validation: the last one with a validation loss; empty: there is none.
+        layers: for each MoE layer the columns of ``_LAYER_COLUMNS``; empty: there is no TensorBoard file.
+    """
+
+    record: dict[str, Any]
+    validation: dict[str, Any]
+    layers: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        title: the model's name.
+        config: of its run.
+        step: optimizer steps.
+        state: of the checkpoint: tokens seen, the tokenizer's fingerprint, the data.
+        measured: by the run.
+        architecture: the class.
+        dtype: of the weights.
+        parameters: their number.
+        brings_code: whether classes lie beside the weights.
+        base_model: name on the hub of the model that it was made from; None: none, or not known.
+        base_family: ``model_type`` of an imported model; None: trained from new weights.
+        license: its identifier; None: not set.
+    """
+
+    title: str
+    config: Config
+    step: int
+    state: dict[str, Any]
+    measured: Measured
+    architecture: str
+    dtype: str
+    parameters: int
+    brings_code: bool
+    base_model: str | None = None
+    base_family: str | None = None
+    license: str | None = None
+
+
+def read_measured(run: Path, step: int) -> Measured:
+    """Return what a run directory recorded up to ``step``; nothing where it has no files."""
+    records = []
+    if (run / METRICS).is_file():
+        lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
+        records = [record for record in map(json.loads, lines) if record["step"] <= step]
+    trained = [record for record in records if "lm_loss" in record]
+    validated = [record for record in records if "validation_loss" in record]
+    return Measured(
+        trained[-1] if trained else {},
+        validated[-1] if validated else {},
+        _layers(run / TENSORBOARD, step) if (run / TENSORBOARD).is_dir() else [],
+    )
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the text of README.md."""
+    parts = [_front_matter(facts), f"# {facts.title}", _summary(facts), _use(facts), _data(facts), _settings(facts)]
+    parts += [_load(facts), _limits(facts), _citation()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    values = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": facts.license,
+        "base_model": facts.base_model,
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value is not None]
+    if facts.license is None:
+        lines.append("# license: not set; name one before the model is shared")
+    return "\n".join(["---", *lines, "tags: [mixture-of-experts, adamoe]", "---"])
+
+
+def _summary(facts: CardFacts) -> str:
+    moe, model = facts.config.moe, facts.config.model
+    null = (
+        f"{moe.num_null_experts} null experts, which cost nothing, compete with {moe.num_experts} true experts for "
+        f"{moe.top_k} slots of each token, so that tokens choose how many true experts they use (AdaMoE)"
+        if moe.num_null_experts
+        else f"each token uses {moe.top_k} of {moe.num_experts} experts"
+    )
+    if facts.base_family is None:
+        source = "It was trained from new weights."
+    else:
+        source = f"It was made from {facts.base_model or f'a {facts.base_family} model whose name is not recorded'}."
+    return (
+        f"A language model of {model.num_layers} layers, {len(facts.config.moe_layers)} of them mixtures of experts: "
+        f"{null}. {facts.parameters:,} parameters, {facts.dtype}, class `{facts.architecture}`, context "
+        f"{model.sequence_length} tokens. {source}\n\nLicense: {facts.license or 'not set'}."
+    )
+
+
+def _use(facts: CardFacts) -> str:
+    trust = ", trust_remote_code=True" if facts.brings_code else ""
+    return f"""## How to use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY{trust})
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+It continues text. It is meant for research on mixtures of experts; before any other use it needs an evaluation for
+that use."""
+
+
+def _data(facts: CardFacts) -> str:
+    state = facts.state
+    sets = state.get("data", {}).get("datasets", [])
+    lines = [
+        f"- `{Path(part['prefix']).name}`, fingerprint `{part['fingerprint'][:16]}`, share {part['weight']}"
+        for part in sets
+    ]
+    seen = state.get("tokens_seen")
+    tokenizer = state.get("tokenizer_fingerprint")
+    lines.append(f"- tokens seen: {seen:,} in {facts.step} steps" if seen else "- tokens seen: none in this software")
+    lines.append(f"- tokenizer: fingerprint `{tokenizer[:16]}`" if tokenizer else "- tokenizer: not recorded")
+    heading = "## Data" if sets else "## Data\n\nNo training data is recorded."
+    return heading + "\n\n" + "\n".join(lines)
+
+
+def _settings(facts: CardFacts) -> str:
+    config = facts.config
+    router, balance = config.moe.router, config.moe.router.balance
+    rows = {
+        "hidden size, layers, heads": f"{config.model.hidden_size}, {config.model.num_layers}, "
+        f"{config.model.num_attention_heads} ({config.model.num_query_groups or config.model.num_attention_heads} "
+        "for keys and values)",
+        "true experts, null experts, slots": f"{config.moe.num_experts}, {config.moe.num_null_experts}, "
+        f"{config.moe.top_k}",
+        "null experts that return the token, a mixture": f"{config.moe.null_types.identity}, "
+        f"{config.moe.null_types.constant}",
+        "scores, combine weights": f"{router.score_function}, {router.normalize}",
+        "balance loss": f"{balance.type}, coefficient {balance.coefficient:g}"
+        + (f" to {balance.final_coefficient:g}" if balance.final_coefficient is not None else ""),
+        "target load": "none" if router.target_load is None else f"{router.target_load:g}",
+        "learning rate, tokens a step": f"{config.optimizer.learning_rate:g}, "
+        f"{config.train.global_batch_size * config.model.sequence_length:,}",
+        "seed": str(config.run.seed),
+    }
+    if not facts.step:
+        rows = dict(list(rows.items())[:4])
+    return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _load(facts: CardFacts) -> str:
+    record, validation, layers = facts.measured.record, facts.measured.validation, facts.measured.layers
+    if not record:
+        return "## Measured\n\nNot measured: the checkpoint does not lie in the directory of a run."
+    lines = [
+        f"At step {record['step']}: training loss {_number(record, 'lm_loss')} nats a token, "
+        f"{_number(record, 'true_experts_per_token')} true experts a token, null share "
+        f"{_number(record, 'null_share')}, {_number(record, 'all_null_share')} of the tokens with null experts only."
+    ]
+    if validation:
+        lines.append(
+            f"Validation loss at step {validation['step']}: {_number(validation, 'validation_loss')} nats a token, "
+            f"{_number(validation, 'validation_bits_per_byte')} bits a byte."
+        )
+    text = "## Measured\n\n" + " ".join(lines) + " All are of the run itself; nothing else was evaluated.\n\n"
+    if not layers:
+        return text + "Load and use of experts by layer: not measured."
+    numbers = facts.config.moe_layers if len(layers) == len(facts.config.moe_layers) else range(len(layers))
+    table = ["| layer | " + " | ".join(_LAYER_COLUMNS.values()) + " |", "|---" * (len(_LAYER_COLUMNS) + 1) + "|"]
+    for number, layer in zip(numbers, layers, strict=True):
+        table.append(f"| {number} | " + " | ".join(_number(layer, name) for name in _LAYER_COLUMNS) + " |")
+    return text + "\n".join(table)
+
+
+def _number(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _limits(facts: CardFacts) -> str:
+    points = [
+        "It repeats what its training text says, errors and prejudices among it, and states falsehoods fluently.",
+        "It was not trained to follow instructions or to refuse harmful ones, unless the data above are of that kind.",
+        f"Texts longer than {facts.config.model.sequence_length} tokens were not seen in training.",
+    ]
+    factor = facts.config.moe.router.capacity_factor
+    if factor is not None:
+        points.append(
+            f"Training dropped what exceeded an expert's capacity (factor {factor:g}); this class computes all of it."
+        )
+    if facts.config.moe.num_null_experts:
+        points.append("How many experts a token uses depends on the text, and so does the time that it takes.")
+    return "## Limits and risks\n\n" + "\n".join(f"- {point}" for point in points)
+
+
+def _citation() -> str:
+    return f"""## How to cite
+
+The method: Zihao Zeng et al., AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models,
+arXiv 2406.13233. The software: adamoe_dist, version {__version__}."""
+
+
+def _layers(directory: Path, step: int) -> list[dict[str, float]]:
+    """Return the last scalars of each MoE layer up to ``step`` from TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    layers: dict[int, dict[str, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        kind, _, rest = tag.partition("/")
+        name, _, number = rest.rpartition("/")
+        if kind != "layers" or name not in _LAYER_COLUMNS:
+            continue
+        values = [event.value for event in events.Scalars(tag) if event.step <= step]
+        if values:
+            layers.setdefault(int(number), {})[name] = values[-1]
+    return [layers[number] for number in sorted(layers)]

@@ -1,0 +1,77 @@
+"""What an exported model has beside weights and configuration: settings of generation, and its card."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adamoe_dist.data import Tokenizer
+from adamoe_dist.hf.card import CardFacts, model_card, read_measured
+
+if TYPE_CHECKING:
+    from adamoe_dist.convert import ExportPlan
+
+GENERATION = "generation_config.json"
+CARD = "README.md"
+
+
+def finish_export(plan: "ExportPlan", directory: Path, title: str, license_id: str | None = None) -> None:
+    """Write ``generation_config.json`` where there is none, and the model card.
+
+    Args:
+        plan: of the export.
+        directory: with everything else.
+        title: of the card.
+        license_id: identifier of the licence; None: not set.
+    """
+    if plan.tokenizer is not None and not (directory / GENERATION).exists():
+        settings = generation_settings(Tokenizer.load(plan.tokenizer), json.loads(plan.config_json)["vocab_size"])
+        (directory / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / CARD).write_text(model_card(card_facts(plan, directory, title, license_id)), encoding="utf-8")
+
+
+def generation_settings(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """Return what ``generate`` is to know.
+
+    Args:
+        tokenizer: of the model.
+        rows: of its embedding; those that no token has are never to be generated.
+    """
+    values: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eod_id,
+        "pad_token_id": tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id,
+    }
+    if rows > tokenizer.vocab_size:
+        values["suppress_tokens"] = list(range(tokenizer.vocab_size, rows))
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def card_facts(plan: "ExportPlan", directory: Path, title: str, license_id: str | None = None) -> CardFacts:
+    """Gather what the card of an export says."""
+    from adamoe_dist.checkpoint import read_manifest, read_state
+
+    step = read_manifest(plan.checkpoint)["step"]
+    tensors = [item for shard in plan.shards.values() for item in shard]
+    return CardFacts(
+        title=title,
+        config=plan.config,
+        step=step,
+        state=read_state(plan.checkpoint),
+        measured=read_measured(plan.checkpoint.parent.parent, step),
+        architecture=plan.family.architecture,
+        dtype=str(tensors[0][1]).removeprefix("torch."),
+        parameters=sum(weight.elements for weight, _ in tensors),
+        brings_code=any(directory.glob("*.py")),
+        base_model=_base_model(plan),
+        base_family=plan.origin.family.model_type if plan.origin is not None else None,
+        license=license_id,
+    )
+
+
+def _base_model(plan: "ExportPlan") -> str | None:
+    """Return the name on the hub that an imported ``config.json`` gives; a path of some machine is none."""
+    if plan.origin is None:
+        return None
+    values = json.loads((plan.origin.files / "config.json").read_text(encoding="utf-8"))
+    name = values.get("_name_or_path")
+    return name if isinstance(name, str) and name.count("/") == 1 and not name.startswith(("/", ".")) else None

@@ -1,0 +1,89 @@
+"""An imported checkpoint in every layout, and a run's checkpoint as a Hugging Face model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adamoe_dist.convert import Comparing, export_model, import_model, plan_export, plan_import
+from adamoe_dist.errors import UserError
+from tests.convert import layouts, models
+from tests.distributed import checkpoint_checks as checks
+from tests.distributed.cases import VOCAB
+from tests.distributed.checkpoint_checks import Layout
+from tests.distributed.harness import RanksOf
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"parallel": {"tensor": 2}},
+    "pipeline": {"parallel": {"pipeline": 2}},
+    "expert": {"parallel": {"expert": 2}},
+    "expert tensor": {"parallel": {"tensor": 2, "expert_tensor": 2}},
+}
+WIDTH = 128
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"tie_word_embeddings": True}),
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [2]}),
+        ("olmoe", {}),
+    ],
+)
+def test_every_layout_has_transformers_loss(
+    ranks_of: RanksOf, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    model = models.save(tmp_path / "hf", family, vocab_size=WIDTH, **changes)
+    checkpoint = import_model(plan_import(tmp_path / "hf"), tmp_path / "checkpoint")
+    tokens = torch.randint(WIDTH, (4, 33), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    for name, cut in LAYOUTS.items():
+        losses = ranks_of(2).run(layouts.loss_in_layout, checkpoint, cut, tokens)
+        assert losses == pytest.approx([expected] * 2, abs=2e-6), name
+
+
+VANILLA = {"moe": {"num_null_experts": 0, "top_k": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "mixtral"),
+        ({"model": {"qk_norm": "all"}, "moe": {"router": {"normalize": "none"}}}, "olmoe"),
+        ({"model": {"qk_norm": "head", "tie_embeddings": True}, "moe": {"dense_layers": [0]}}, "qwen3_moe"),
+        (
+            {"model": {"qkv_bias": True}, "moe": {"shared_expert_hidden_size": 32, "shared_expert_gate": True}},
+            "qwen2_moe",
+        ),
+    ],
+)
+def test_a_run_becomes_a_model_of_transformers(
+    ranks_of: RanksOf, tmp_path: Path, changes: dict[str, Any], family: str
+) -> None:
+    """Trained on two ranks with an optimizer, experts apart; no tokenizer is there, so the vocabulary is named."""
+    whole = {**changes, "moe": {**VANILLA["moe"], **changes.get("moe", {})}}
+    ranks_of(2).run(checks.train_and_save, Layout(2, changes=whole), tmp_path / "run", 1, 0)
+    with pytest.raises(UserError, match="--vocab-size"):
+        plan_export(str(tmp_path / "run"))
+    plan = plan_export(str(tmp_path / "run"), vocab_size=VOCAB, max_shard_bytes=60_000)
+    assert plan.family.model_type == family and len(plan.shards) > 2
+    notes = export_model(plan, tmp_path / "hf")
+    assert len(notes) == 1 and "tokenizer" in notes[0]
+    sizes = [file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")]
+    assert len(sizes) == len(plan.shards) and max(sizes) < 70_000
+    pair = Comparing(tmp_path / "hf", str(tmp_path / "run"))
+    pair.compare_tensors()
+    assert pair.compare_logits(None, 1e-4)[2] < 1e-5
+    halves = plan_export(str(tmp_path / "run"), "bf16", vocab_size=VOCAB)
+    export_model(halves, tmp_path / "bf16")
+    assert halves.bytes * 2 == plan.bytes
+    assert {value.dtype for value in models.tensors_of(tmp_path / "bf16").values()} == {torch.bfloat16}
+    pair = Comparing(tmp_path / "bf16", str(tmp_path / "run"))
+    pair.compare_tensors()
+    assert pair.compare_logits(None, 1e-4)[2] < 1e-5

@@ -1,0 +1,355 @@
+"""What is not converted: each in one line that names the file or key, nothing half-written."""
+
+import json
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adamoe_dist.checkpoint import check_compatible, read_config, verify_files
+from adamoe_dist.convert import Comparing, HFConfig, export_model, family_of, import_model, plan_export, plan_import
+from adamoe_dist.convert.commands import describe_hf_directory, size_in_bytes
+from adamoe_dist.convert.outputs import check_output
+from adamoe_dist.errors import UserError
+from tests.convert import models
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved") / "hf"
+    models.save(directory, "mixtral", shard_size="20KB")
+    return directory
+
+
+@pytest.fixture
+def source(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "hf"))
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def without_config(source: Path) -> str:
+    (source / "config.json").unlink()
+    return "config.json is missing"
+
+
+def unknown_family(source: Path) -> str:
+    models.change_config(source, model_type="mamba")
+    return "model_type='mamba'"
+
+
+def other_class(source: Path) -> str:
+    models.change_config(source, architectures=["MixtralForSequenceClassification"])
+    return "architectures="
+
+
+def unknown_key(source: Path) -> str:
+    models.change_config(source, mixture_of_depths=3)
+    return "mixture_of_depths=3"
+
+
+def missing_size(source: Path) -> str:
+    models.change_config(source, hidden_size=None)
+    return "hidden_size is missing"
+
+
+def missing_shard(source: Path) -> str:
+    shards(source)[1].unlink()
+    return f"{shards(source)[0].name[:6]}00002"
+
+
+def cut_shard(source: Path) -> str:
+    file = shards(source)[1]
+    file.write_bytes(file.read_bytes()[:-8])
+    return file.name
+
+
+def no_weights(source: Path) -> str:
+    for file in (*shards(source), source / INDEX):
+        file.unlink()
+    return "neither"
+
+
+def bin_only(source: Path) -> str:
+    no_weights(source)
+    torch.save({}, source / "pytorch_model.bin")
+    return "pytorch_model.bin"
+
+
+def absent_tensor(source: Path) -> str:
+    content = json.loads((source / INDEX).read_text())
+    content["weight_map"]["model.layers.7.input_layernorm.weight"] = shards(source)[0].name
+    (source / INDEX).write_text(json.dumps(content))
+    return "model.layers.7.input_layernorm.weight"
+
+
+def unlisted_tensor(source: Path) -> str:
+    content = json.loads((source / INDEX).read_text())
+    content["weight_map"].pop("model.norm.weight")
+    (source / INDEX).write_text(json.dumps(content))
+    return "model.norm.weight"
+
+
+def outside(source: Path) -> str:
+    content = json.loads((source / INDEX).read_text())
+    content["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    (source / INDEX).write_text(json.dumps(content))
+    return "outside the directory"
+
+
+def twice_in_the_index(source: Path) -> str:
+    text = (source / INDEX).read_text()
+    (source / INDEX).write_text(text.replace('"lm_head.weight":', '"model.norm.weight":'))
+    return "stands there twice"
+
+
+def with_tensor(name: str, value: torch.Tensor | None, said: str) -> Callable[[Path], str]:
+    """Put a tensor in the place of one, add it, or take it out; the index says so too."""
+
+    def change(source: Path) -> str:
+        content = json.loads((source / INDEX).read_text())
+        file = content["weight_map"].get(name, shards(source)[0].name)
+        rewrite(
+            source / file, lambda tensors: tensors.pop(name, None) if value is None else tensors.update({name: value})
+        )
+        content["weight_map"][name] = file
+        if value is None:
+            del content["weight_map"][name]
+        (source / INDEX).write_text(json.dumps(content))
+        return said
+
+    change.__name__ = f"with_tensor {said}"
+    return change
+
+
+def large_tokenizer(source: Path) -> str:
+    models.add_tokenizer(source, ids=models.VOCAB + 1)
+    return "101 ids"
+
+
+ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
+BAD = [
+    without_config,
+    unknown_family,
+    other_class,
+    unknown_key,
+    missing_size,
+    missing_shard,
+    cut_shard,
+    no_weights,
+    bin_only,
+    absent_tensor,
+    unlisted_tensor,
+    outside,
+    twice_in_the_index,
+    with_tensor(ROUTER, torch.zeros(4, 31), "shape (4, 31)"),
+    with_tensor(ROUTER, torch.zeros(4, 32, dtype=torch.float64), "F64"),
+    with_tensor(ROUTER, torch.zeros(4, 32, dtype=torch.float8_e4m3fn), "F8_E4M3"),
+    with_tensor(ROUTER, None, "is missing"),
+    with_tensor("model.layers.0.block_sparse_moe.gate.bias", torch.zeros(4), "no tensor of a mixtral model"),
+    large_tokenizer,
+]
+
+
+@pytest.mark.parametrize("harm", BAD, ids=lambda harm: harm.__name__)
+def test_a_bad_directory_is_refused_in_one_line(source: Path, harm: Callable[[Path], str]) -> None:
+    said = harm(source)
+    with pytest.raises(UserError) as refusal:
+        plan_import(source)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    if harm is not without_config and harm is not unknown_family:
+        found = describe_hf_directory(source)["refused"] if harm not in UNREADABLE else []
+        assert all(said in problem for problem in found) and len(found) == (harm not in UNREADABLE)
+
+
+UNREADABLE = [
+    missing_shard,
+    cut_shard,
+    no_weights,
+    bin_only,
+    absent_tensor,
+    unlisted_tensor,
+    outside,
+    twice_in_the_index,
+]
+
+KEYS: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral", {"sliding_window": 32}),
+    ("mixtral", {"hidden_act": "gelu"}),
+    ("mixtral", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("mixtral", {"rope_parameters": None, "rope_theta": 10000.5}),
+    ("mixtral", {"quantization_config": {"quant_method": "gptq"}}),
+    ("mixtral", {"num_local_experts": "eight"}),
+    ("olmoe", {"clip_qkv": 8.0}),
+    ("olmoe", {"attention_bias": True}),
+    ("qwen3_moe", {"attention_bias": True}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),
+    ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("deepseek", {"routed_scaling_factor": 2.5}),
+    ("deepseek", {"scoring_func": "sigmoid"}),
+    ("deepseek", {"n_group": 8}),
+    ("deepseek", {"q_lora_rank": 64}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"pretraining_tp": 2}),
+    ("mistral", {"sliding_window": 16}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), KEYS)
+def test_a_key_that_means_another_model_is_refused_by_name(family: str, changes: dict[str, Any]) -> None:
+    values = models.DEEPSEEK if family == "deepseek" else {**models.COMMON, **models.SIZES[family]}
+    values = {**values, "model_type": family}
+    family_of(values).read(values)
+    name, value = list(changes.items())[-1]
+    with pytest.raises(UserError) as refusal:
+        family_of(values).read({**values, **changes})
+    assert f"{name}={value!r}" in str(refusal.value)
+
+
+def test_both_forms_of_the_rotary_base_and_noise() -> None:
+    old = HFConfig({"rope_theta": 5e5, "rope_scaling": None, "attention_dropout": 0.1, "router_jitter_noise": 0.2})
+    assert old.rotary_base(1.0) == 500000
+    new = HFConfig({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert new.rotary_base(1.0) == 500000 and HFConfig({}).rotary_base(1e4) == 10000
+    old.finish("mixtral", "MixtralForCausalLM")
+    assert [note.split("=")[0] for note in old.notes] == ["attention_dropout", "router_jitter_noise"]
+
+
+def test_a_copy_of_a_tied_embedding(tmp_path: Path) -> None:
+    """Equal it goes along and comes back; different it is refused."""
+    models.save(tmp_path / "hf", "mixtral", tie_word_embeddings=True)
+    file = tmp_path / "hf" / "model.safetensors"
+    rewrite(file, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    import_model(plan_import(tmp_path / "hf"), tmp_path / "checkpoint")
+    export_model(plan_export(str(tmp_path / "checkpoint")), tmp_path / "back")
+    assert "lm_head.weight" in models.tensors_of(tmp_path / "back")
+    rewrite(file, lambda tensors: tensors["lm_head.weight"].add_(1))
+    with pytest.raises(UserError, match=r"lm_head\.weight differs"):
+        import_model(plan_import(tmp_path / "hf"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_embedding_larger_than_the_tokenizer_stays_as_large(source: Path, tmp_path: Path) -> None:
+    checkpoint = import_model(plan_import(source, 64), tmp_path / "checkpoint")
+    tree = read_config(checkpoint)
+    assert tree["model"]["vocab_size"] == models.VOCAB and tree["model"]["vocab_size_multiple"] == 64
+    export_model(plan_export(str(checkpoint)), tmp_path / "back")
+    assert models.tensors_of(tmp_path / "back")["lm_head.weight"].shape[0] == models.VOCAB
+
+
+def test_output_in_use_and_no_room(source: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "note").write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        import_model(plan_import(source), taken)
+    assert [file.name for file in taken.iterdir()] == ["note"]
+    with pytest.raises(UserError, match=r"GB are to be written and the disk of .* has"):
+        check_output(tmp_path / "new" / "deep", 10**17)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    plan = plan_import(source)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="nothing is left of it"):
+            import_model(plan, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf"]
+
+
+def test_what_a_killed_run_left_is_removed(source: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / "out.tmp" / "iter_0000000.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "__0_0.distcp").write_bytes(b"half")
+    verify_files(import_model(plan_import(source), tmp_path / "out"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_it_cannot_be_resumed_but_started_from(source: Path, tmp_path: Path) -> None:
+    from adamoe_dist.config import load_config
+    from adamoe_dist.data import Tokenizer
+
+    checkpoint = import_model(plan_import(source), tmp_path / "out")
+    config = load_config(tmp_path / "out" / "config.yaml")
+    fingerprint = Tokenizer.load(config.data.tokenizer).fingerprint
+    assert config.checkpoint.load_weights == str(tmp_path / "out")
+    assert check_compatible(checkpoint, config.to_dict(), fingerprint, weights_only=True) == []
+    with pytest.raises(UserError, match=r"weights only.*checkpoint\.load_weights="):
+        check_compatible(checkpoint, config.to_dict(), fingerprint)
+    with pytest.raises(UserError, match="fingerprint"):
+        check_compatible(checkpoint, config.to_dict(), "another", weights_only=True)
+
+
+def test_changed_files_and_weights_are_found(source: Path, tmp_path: Path) -> None:
+    import_model(plan_import(source), tmp_path / "out")
+    victim = shards(source)[-1]
+    name = next(iter(load_file(victim)))
+    rewrite(victim, lambda tensors: tensors[name].view(-1)[3].add_(0.5))
+    with pytest.raises(UserError, match=rf"1 of 41 tensors differ, {name} most: by 0\.5"):
+        Comparing(source, str(tmp_path / "out")).compare_tensors()
+    models.change_config(source, rms_norm_eps=1e-3)
+    with pytest.raises(UserError, match=r"model\.norm_epsilon is 0\.001 there"):
+        Comparing(source, str(tmp_path / "out"))
+    (tmp_path / "out" / "huggingface" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing or was changed"):
+        plan_export(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("2 MiB", 2**21), ("1.5kb", 1500), ("700", 700), ("0", 0), ("big", 0)]
+)
+def test_sizes(text: str, size: int) -> None:
+    if size:
+        assert size_in_bytes(text) == size
+    else:
+        with pytest.raises(UserError, match="--max-shard-size"):
+            size_in_bytes(text)
+
+
+def test_the_commands(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Import, look, compare, give back, and one refusal: codes and words."""
+    monkeypatch.chdir(tmp_path)
+    tool = runpy.run_path(str(TOOL))["main"]
+
+    def said(*arguments: object) -> str:
+        tool([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    assert "mixtral" in said("import", "--from", source, "--to", "out")
+    assert "ok: every file" in said("inspect", "--from", "out", "--verify")
+    assert "ok: the same model" in said("verify", "--hf", source, "--megatron", "out")
+    assert "bytes of weights" in said("export", "--from", "out", "--to", "back", "--dtype", "bf16")
+    assert "bytes of weights in 1 files" in said("export", "--from", "out", "--to", "one", "--max-shard-size", "1GB")
+    seen = said("inspect", "--from", "back")
+    assert "tensors: 41 (BF16 41)" in seen and "cannot" not in seen
+    assert json.loads(said("inspect", "--from", "one", "--json"))["refused"] == []
+    refused = subprocess.run(
+        [sys.executable, TOOL, "import", "--from", source, "--to", "out"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: --to out")
