@@ -1,6 +1,7 @@
 """Show which tokens of a text use many experts, and which are left to null experts: a page to read in a browser."""
 
 import argparse
+import os
 from pathlib import Path
 
 from adamoe_dist import platform
@@ -48,6 +49,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value} is a directory; name a file in it")
         if not path.absolute().parent.is_dir():
             raise UserError(f"--{name} {value}: its directory does not exist; make it first")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise UserError(f"--{name} {value} cannot be written; choose another place")
         if path.exists() and not options.overwrite:
             raise UserError(f"--{name} {value} exists already; choose another name or add --overwrite")
     if options.png_dir is not None:

@@ -84,3 +84,12 @@ def test_a_dense_model_and_other_tokens_are_refused(models):
     with pytest.raises(UserError, match="--compare other: its tokenizer cuts the text into other tokens"):
         check_same_tokens(text, models["unmarked"], FILES, "other")
     check_same_tokens(text, models["adamoe"], FILES, "other")
+
+
+def test_layers_have_their_numbers_in_the_model(tmp_path):
+    """One layer of Qwen3-MoE is dense, and the last of each two of ours has experts."""
+    for family, changes in (("qwen3_moe", {}), ("adamoe", {"layer_frequency": 2})):
+        opened = open_model(save_model(tmp_path / family, family, **changes), dtype="fp32", device="cpu")
+        routing = collect_routing(opened, cut_text(opened, FILES, context=16, max_tokens=20))
+        assert [layer.number for layer in routing.layers] == [1], family
+        assert routing.loads_LT.shape == (1, 20)
