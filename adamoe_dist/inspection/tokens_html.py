@@ -24,7 +24,7 @@ def text_html(text: TokenizedText, routing: Routing) -> str:
         tokens = "".join(token_html(text.texts[index], int(levels_T[index])) for index in range(start, stop))
         tokens = tokens.removesuffix("\n")  # the block ends the line
         parts.append(f'{heading}<div class="block">{tokens}</div>')
-    return "\n".join(parts)
+    return "".join(parts)  # white space between blocks would be a line of the text
 
 
 def mean_levels(routing: Routing) -> "np.typing.NDArray[np.int64]":

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,7 +15,7 @@ from adamoe_dist.inspection.charts import Column, bar_table, heat_map, shade_of
 from adamoe_dist.inspection.drawing import to_svg
 from adamoe_dist.inspection.payload import as_script_data, chosen_experts, payload
 from adamoe_dist.inspection.summary import summarise
-from adamoe_dist.inspection.tokens_html import token_html
+from adamoe_dist.inspection.tokens_html import text_html, token_html
 from tests.inspection.records import PHRASE, routing_of, text_of
 
 HOSTILE = [
@@ -128,6 +129,15 @@ def test_line_breaks_are_signs_and_stay_breaks():
     assert token_html("a\n\n", 0) == "<i class=s0>a\u21b5\n\u21b5</i>\n"
     assert token_html("\r\n  ", 0) == "<i class=s0>\u21b5\n  </i>"
     assert token_html("", 8) == "<i class=s8>\u25ab</i>"
+
+
+def test_blocks_add_no_lines_to_the_text():
+    analysis = analysis_of(PHRASE * 60)
+    html = text_html(analysis.text, analysis.routing)
+    assert html.count('<div class="block">') > 3
+    visible = re.sub(r"<h3>.*?</h3>", "", html).replace("</div>", "\n")
+    visible = unescape(re.sub(r"<[^>]*>", "", visible)).removesuffix("\n")
+    assert visible == "".join(PHRASE * 60).replace("\n", "\u21b5\n").removesuffix("\n")
 
 
 @pytest.mark.parametrize("experts", [5, 300])
