@@ -2,7 +2,7 @@
 
 from adamoe_dist.inference.choices import NORMALISATIONS, ItemScore, choices_report, score_items
 from adamoe_dist.inference.evaluation import Evaluation, Inputs, Settings, compare, evaluate
-from adamoe_dist.inference.expert_use import ExpertUse, count_experts
+from adamoe_dist.inference.expert_use import ExpertUse, RouterChoice, count_experts, routers_of, watch_routers
 from adamoe_dist.inference.generation import (
     Sample,
     Sampling,
@@ -24,6 +24,7 @@ __all__ = [
     "Item",
     "ItemScore",
     "OpenedModel",
+    "RouterChoice",
     "Sample",
     "Sampling",
     "Settings",
@@ -40,8 +41,10 @@ __all__ = [
     "longest_input",
     "open_model",
     "read_items",
+    "routers_of",
     "score_documents",
     "score_items",
     "text_report",
+    "watch_routers",
     "write_items",
 ]

@@ -4,9 +4,9 @@ Axes: B sequences, S positions, T = B x S tokens, E true experts, K selected slo
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,31 +81,61 @@ class ExpertUse:
         layer.expert_counts_E += counted_TE.sum(dim=0).cpu()
 
 
+class RouterChoice(NamedTuple):
+    """What one router decided about the tokens of one forward pass.
+
+    Attributes:
+        selected_TE: the true experts of each token, bool.
+        weights_TE: their combine weights, 0 where not selected.
+    """
+
+    selected_TE: Tensor
+    weights_TE: Tensor
+
+
+class WatchedRouter(NamedTuple):
+    """A router by its name in the model, with its numbers of true experts, of null experts and of slots."""
+
+    name: str
+    num_true: int
+    num_null: int
+    top_k: int
+
+
+def routers_of(model: Any) -> list[WatchedRouter]:
+    """Return the routers of ``model`` that are known, in the model's order."""
+    return [WatchedRouter(name, *_sizes(router)) for name, router in _routers(model)]
+
+
 @contextlib.contextmanager
-def count_experts(model: Any) -> Iterator[ExpertUse]:
-    """Count what the routers of ``model`` select, in the tokens that ``mask_BS`` of the result names."""
-    use = ExpertUse()
+def watch_routers(model: Any, observe: Callable[[int, RouterChoice], None]) -> Iterator[None]:
+    """Call ``observe(the router's place among routers_of(model), its choice)`` whenever a router of ``model`` runs."""
     handles = []
-    for name, router in _routers(model):
-        num_true, top_k = _sizes(router)
-        loads_L, counts_E = torch.zeros(top_k + 1, dtype=torch.int64), torch.zeros(num_true, dtype=torch.int64)
-        layer = LayerUse(name, loads_L, counts_E)
-        use.layers.append(layer)
-        handles.append(router.register_forward_hook(_hook(use, layer)))
+    for place, (_, router) in enumerate(_routers(model)):
+        num_true = _sizes(router)[0]
+
+        def hook(
+            _module: nn.Module, _arguments: Any, output: Any, place: int = place, num_true: int = num_true
+        ) -> None:
+            observe(place, _choice(output, num_true))
+
+        handles.append(router.register_forward_hook(hook))
     try:
-        yield use
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(use: ExpertUse, layer: LayerUse) -> Any:
-    num_true = len(layer.expert_counts_E)
-
-    def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        use._add(layer, _true_experts(output, num_true))
-
-    return hook
+@contextlib.contextmanager
+def count_experts(model: Any) -> Iterator[ExpertUse]:
+    """Count what the routers of ``model`` select, in the tokens that ``mask_BS`` of the result names."""
+    use = ExpertUse()
+    for router in routers_of(model):
+        loads_L = torch.zeros(router.top_k + 1, dtype=torch.int64)
+        use.layers.append(LayerUse(router.name, loads_L, torch.zeros(router.num_true, dtype=torch.int64)))
+    with watch_routers(model, lambda place, choice: use._add(use.layers[place], choice.selected_TE)):
+        yield use
 
 
 def _routers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -117,21 +147,23 @@ def _routers(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _sizes(router: Any) -> tuple[int, int]:
-    """Return the number of true experts and of slots."""
+def _sizes(router: Any) -> tuple[int, int, int]:
+    """Return the numbers of true experts, of null experts and of slots."""
     if type(router).__name__ == ADAMOE_ROUTER:
-        return int(router.config.num_experts), int(router.config.num_experts_per_tok)
-    return int(router.num_experts), int(router.top_k)
+        config = router.config
+        return int(config.num_experts), int(config.num_null_experts), int(config.num_experts_per_tok)
+    return int(router.num_experts), 0, int(router.top_k)
 
 
-def _true_experts(output: Any, num_true: int) -> Tensor:
-    """Return which true experts each token chose, bool (T, E), from a router's output."""
+def _choice(output: Any, num_true: int) -> RouterChoice:
+    """Return what a router's output says about each token."""
     if hasattr(output[1], "selected_TA"):
-        selected_TA: Tensor = output[1].selected_TA
-        return selected_TA[:, :num_true]
-    indices_TK = output[2]
+        return RouterChoice(output[1].selected_TA[:, :num_true], output[1].weights_TE)
+    scores_TK, indices_TK = output[1], output[2]
     none_TE = torch.zeros(indices_TK.shape[0], num_true, dtype=torch.bool, device=indices_TK.device)
-    return none_TE.scatter(1, indices_TK, True)
+    assert scores_TK.shape == indices_TK.shape, (scores_TK.shape, indices_TK.shape)
+    weights_TE = none_TE.to(scores_TK.dtype).scatter(1, indices_TK, scores_TK)
+    return RouterChoice(none_TE.scatter(1, indices_TK, True), weights_TE)
 
 
 def _padded(counts_L: Tensor, length: int) -> Tensor:

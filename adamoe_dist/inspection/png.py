@@ -1,0 +1,64 @@
+"""Pictures as PNG files, in the light scheme."""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from adamoe_dist.inspection.drawing import FONT_SIZE, Drawing, Label, Line, Rectangle, palette
+
+SCALE = 2
+MARGIN = 12
+_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
+
+
+def write_png(drawing: Drawing, path: Path) -> None:
+    """Write a picture at twice its size, with its title above it."""
+    colours = palette()
+    top = MARGIN + 2 * FONT_SIZE
+    size = (int(SCALE * (drawing.width + 2 * MARGIN)), int(SCALE * (drawing.height + top + MARGIN)))
+    image = Image.new("RGB", size, colours["page"])
+    canvas = _Canvas(image, colours, MARGIN, top)
+    canvas.label(Label(0, FONT_SIZE - top + MARGIN, drawing.title, is_bold=True))
+    for shape in drawing.shapes:
+        if isinstance(shape, Rectangle):
+            canvas.rectangle(shape)
+        elif isinstance(shape, Line):
+            canvas.line(shape)
+        else:
+            canvas.label(shape)
+    image.save(path)
+
+
+class _Canvas:
+    def __init__(self, image: Image.Image, colours: dict[str, str], left: float, top: float) -> None:
+        self._image, self._colours, self._left, self._top = image, colours, left, top
+        self._draw = ImageDraw.Draw(image)
+        self._font = ImageFont.load_default(SCALE * FONT_SIZE)
+
+    def rectangle(self, shape: Rectangle) -> None:
+        x, y = self._place(shape.x, shape.y)
+        right, bottom = self._place(shape.x + shape.width, shape.y + shape.height)
+        if right > x and bottom > y:
+            self._draw.rectangle((x, y, right - 1, bottom - 1), fill=self._colours[shape.colour])
+
+    def line(self, shape: Line) -> None:
+        start, end = self._place(shape.x1, shape.y1), self._place(shape.x2, shape.y2)
+        self._draw.line((start, end), fill=self._colours[shape.colour], width=SCALE)
+
+    def label(self, shape: Label) -> None:
+        x, y = self._place(shape.x, shape.y)
+        fill = self._colours[shape.colour]
+        stroke = 0.5 if shape.is_bold else 0
+        if not shape.is_upright:
+            anchor = _ANCHORS[shape.anchor]
+            self._draw.text((x, y), shape.text, fill=fill, font=self._font, anchor=anchor, stroke_width=stroke)
+            return
+        width, height = int(self._font.getlength(shape.text)) + 2, 2 * SCALE * FONT_SIZE
+        mask = Image.new("L", (width, height))
+        ImageDraw.Draw(mask).text((0, height * 3 // 4), shape.text, fill=255, font=self._font, anchor="ls")
+        mask = mask.rotate(90, expand=True)
+        end = {"start": 0, "middle": width // 2, "end": width}[shape.anchor]
+        self._image.paste(fill, (x - height * 3 // 4, y - width + end), mask)
+
+    def _place(self, x: float, y: float) -> tuple[int, int]:
+        return round(SCALE * (x + self._left)), round(SCALE * (y + self._top))
