@@ -12,6 +12,7 @@ it; the *bound* is three times the largest layer of the Hugging Face model and 1
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -64,9 +65,9 @@ def weights_of(values: dict[str, Any]) -> list[Weight]:
 
 
 def layers_for(size: float, hidden: int) -> int:
-    """Return how many layers make a model of ``size`` bytes in bf16."""
+    """Return how many layers make a model of at least ``size`` bytes in bf16."""
     one, two = (sum(2 * weight.elements for weight in weights_of(config_of(hidden, layers))) for layers in (1, 2))
-    return max(1, round((size - one) / (two - one)) + 1)
+    return max(1, math.ceil((size - one) / (two - one)) + 1)
 
 
 def make_model(directory: Path, hidden: int, layers: int, shard_bytes: float) -> dict[str, int]:
@@ -177,7 +178,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[list[str]],
 def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = BenchmarkParser("Import and export of a synthetic Mixtral model against plain copies.")
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model in bf16")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="least size of the model in bf16")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="the disk to write to")

@@ -4,17 +4,20 @@ from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible, holds_weights_only, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import (
+    UNFINISHED,
     Retention,
     Start,
     find_checkpoint,
     find_start,
     has_checkpoints,
     remove_leftovers,
+    sync_directory,
 )
 from adamoe_dist.checkpoint.index import read_index, read_tensor
 from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
-from adamoe_dist.checkpoint.lora import adapters_of, is_lora, merge_lora, merged_weight
+from adamoe_dist.checkpoint.lora import adapters_of, merge_lora, merged_weight
 from adamoe_dist.checkpoint.manifest import (
+    OnBytes,
     copy_file,
     describe_file,
     read_config,
@@ -37,9 +40,11 @@ from adamoe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from adamoe_dist.checkpoint.weights_writer import WeightsWriter
 
 __all__ = [
+    "UNFINISHED",
     "CheckpointError",
     "CheckpointSaver",
     "MergedReader",
+    "OnBytes",
     "RegionReader",
     "Retention",
     "SaveTimes",
@@ -59,7 +64,6 @@ __all__ = [
     "find_start",
     "has_checkpoints",
     "holds_weights_only",
-    "is_lora",
     "load_checkpoint",
     "load_weights",
     "merge_lora",
@@ -74,6 +78,7 @@ __all__ = [
     "remove_leftovers",
     "save_checkpoint",
     "set_null_experts",
+    "sync_directory",
     "take_snapshot",
     "verify_files",
     "write_snapshot",

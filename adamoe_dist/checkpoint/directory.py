@@ -122,7 +122,7 @@ def publish(unfinished: Path, root: Path, step: int) -> Path:
         The checkpoint directory.
     """
     final = root / directory_name(step)
-    _sync_directory(unfinished)
+    sync_directory(unfinished)
     replaced = _set_aside(final) if final.exists() else None
     unfinished.rename(final)
     pointer = root / (POINTER + UNFINISHED)
@@ -130,9 +130,9 @@ def publish(unfinished: Path, root: Path, step: int) -> Path:
         file.write(str(step))
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(root)
+    sync_directory(root)
     pointer.replace(root / POINTER)
-    _sync_directory(root)
+    sync_directory(root)
     if replaced is not None:
         shutil.rmtree(replaced)
     return final
@@ -181,7 +181,8 @@ def _read_pointer(root: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Put a directory's list of names on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

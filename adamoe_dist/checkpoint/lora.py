@@ -8,14 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adamoe_dist.model import is_adapter
+
 _OF_EXPERTS = {"weight1": ("lora.a1", "lora.b1"), "weight2": ("lora.a2", "lora.b2")}
 _OF_LINEAR = ("lora.a", "lora.b")
-_MARK = ".lora."
-
-
-def is_lora(name: str) -> bool:
-    """Tell whether a canonical name is that of an adapter's matrix."""
-    return _MARK in name
 
 
 def adapters_of(name: str) -> tuple[str, str]:
@@ -23,6 +19,11 @@ def adapters_of(name: str) -> tuple[str, str]:
     layer, _, leaf = name.rpartition(".")
     a, b = _OF_EXPERTS.get(leaf, _OF_LINEAR) if layer.endswith(".experts") else _OF_LINEAR
     return f"{layer}.{a}", f"{layer}.{b}"
+
+
+def may_be_adapted(name: str) -> bool:
+    """Tell whether a canonical name is that of a matrix, which may have adapters: a bias beside it has none."""
+    return name.endswith((".weight", ".weight1", ".weight2"))
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -51,14 +52,14 @@ def merge_lora(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]
     """
     merged, used = {}, set()
     for name, weight in tensors.items():
-        if is_lora(name):
+        if is_adapter(name):
             continue
         a, b = adapters_of(name)
-        if name.endswith((".weight", ".weight1", ".weight2")) and a in tensors:
+        if may_be_adapted(name) and a in tensors:
             merged[name] = merged_weight(weight, tensors[a], tensors[b], alpha)
             used |= {a, b}
         else:
             merged[name] = weight
-    left = {name for name in tensors if is_lora(name)} - used
+    left = {name for name in tensors if is_adapter(name)} - used
     assert not left, f"adapters without a weight: {sorted(left)[:3]}"
     return merged

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adamoe_dist.checkpoint.lora import adapters_of, is_lora, merged_weight
+from adamoe_dist.checkpoint.lora import adapters_of, may_be_adapted, merged_weight
 from adamoe_dist.checkpoint.manifest import read_config
 from adamoe_dist.checkpoint.records import TensorEntry
 from adamoe_dist.checkpoint.regions import RegionReader
+from adamoe_dist.model import is_adapter
 
 
 class MergedReader(RegionReader):
@@ -20,7 +21,7 @@ class MergedReader(RegionReader):
             UserError: one of them is not what it should be.
         """
         super().__init__(path)
-        self._adapters: dict[str, TensorEntry] = {key: entry for key, entry in self.index.items() if is_lora(key)}
+        self._adapters: dict[str, TensorEntry] = {key: entry for key, entry in self.index.items() if is_adapter(key)}
         if self._adapters:
             self._alpha = float(read_config(path)["finetune"]["lora"]["alpha"])
             self.index = {key: entry for key, entry in self.index.items() if key not in self._adapters}
@@ -33,7 +34,7 @@ class MergedReader(RegionReader):
         """
         weight = super().read(key, offsets, sizes)
         name_a, name_b = adapters_of(key)
-        if not self._is_adapted(key, name_a):
+        if not may_be_adapted(key) or name_a not in self._adapters:
             return weight
         *experts, out_at, in_at = offsets
         *held, rows, columns = sizes
@@ -41,7 +42,3 @@ class MergedReader(RegionReader):
         a = self.read_block(self._adapters[name_a], (*experts, 0, in_at), (*held, rank, columns))
         b = self.read_block(self._adapters[name_b], (*experts, out_at, 0), (*held, rows, rank))
         return merged_weight(weight, a, b, self._alpha).to(weight.dtype)
-
-    def _is_adapted(self, key: str, name_a: str) -> bool:
-        """Tell whether a tensor is a matrix with adapters: a bias beside it is none."""
-        return key.endswith((".weight", ".weight1", ".weight2")) and name_a in self._adapters

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from adamoe_dist import platform
 from adamoe_dist.checkpoint.compatibility import holds_weights_only
 from adamoe_dist.checkpoint.directory import (
     SUBDIRECTORY,
@@ -47,8 +47,8 @@ from adamoe_dist.checkpoint.manifest import (
     verify_files,
     write_json,
 )
-from adamoe_dist.checkpoint.records import Block, TensorEntry
-from adamoe_dist.checkpoint.tensors import moment_key, weight_key
+from adamoe_dist.checkpoint.records import TensorEntry
+from adamoe_dist.checkpoint.tensors import moment_key, weight_key, write_block
 from adamoe_dist.checkpoint.zero import ADAM_MOMENTS
 from adamoe_dist.config import Config, config_from_dict, model_problems, resolve
 from adamoe_dist.errors import UserError
@@ -285,7 +285,7 @@ def drawn_null_rows(kind: NullInit, weight_EH: Tensor, num_null: int, std: float
         seed: of the draws.
         layer: its number, from 0.
     """
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, layer)).generate_state(1)[0]))
+    generator = platform.seeded_generator(seed, layer, wide=False)
     return initial_null_rows(
         kind,
         weight_EH,
@@ -300,9 +300,7 @@ def _write_new(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, T
     places = {}
     with path.open("xb") as file:
         for key, value in tensors:
-            start = file.tell()
-            torch.save(value, file)
-            block = Block((0,) * value.dim(), tuple(value.shape), path.name, start, file.tell() - start)
+            block = write_block(file, path.name, (0,) * value.dim(), value)
             places[key] = TensorEntry(tuple(value.shape), value.dtype, (block,))
         file.flush()
         os.fsync(file.fileno())

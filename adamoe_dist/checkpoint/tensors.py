@@ -7,7 +7,7 @@ of a layer are one tensor, stacked along axis 0 by global number. ``optimizer.st
 """
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from adamoe_dist.checkpoint.agreement import CheckpointError, describe
 from adamoe_dist.checkpoint.index import CheckpointReader
+from adamoe_dist.checkpoint.records import Block
 from adamoe_dist.model import Part
 
 COMMON = "common.pt"
@@ -155,6 +156,29 @@ def beneath(problem: BaseException) -> BaseException:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     return cause or problem
+
+
+def write_block(file: IO[bytes], name: str, offsets: tuple[int, ...], value: Tensor) -> Block:
+    """Append one block of a tensor to an open file as torch's writer would; return its place for the index.
+
+    Args:
+        file: open for writing.
+        name: of the file, in the checkpoint's directory.
+        offsets: of the block in the whole tensor.
+        value: the block; of a larger storage only its own numbers are written.
+
+    Raises:
+        OSError: what the disk said.
+    """
+    value = value.contiguous()
+    if value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone()
+    start = file.tell()
+    try:
+        torch.save(value, file)
+    except RuntimeError as problem:
+        raise beneath(problem) from None
+    return Block(offsets, tuple(value.shape), name, start, file.tell() - start)
 
 
 def write_format(path: Path) -> None:

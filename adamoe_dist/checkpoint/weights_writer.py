@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adamoe_dist.checkpoint.compatibility import FINGERPRINT, WEIGHTS_ONLY
-from adamoe_dist.checkpoint.directory import directory_name, publish
+from adamoe_dist.checkpoint.directory import UNFINISHED, directory_name, publish
 from adamoe_dist.checkpoint.index import METADATA, write_index
 from adamoe_dist.checkpoint.manifest import (
     CONFIG,
@@ -24,7 +24,7 @@ from adamoe_dist.checkpoint.manifest import (
     write_json,
 )
 from adamoe_dist.checkpoint.records import Block, TensorEntry
-from adamoe_dist.checkpoint.tensors import COMMON, beneath, weight_key, write_format
+from adamoe_dist.checkpoint.tensors import COMMON, weight_key, write_block, write_format
 
 TENSORS = "__0_0.distcp"
 LAYOUT = {"world_size": 1, "tensor": 1, "pipeline": 1, "context": 1, "data": 1, "expert": 1, "expert_tensor": 1}
@@ -44,7 +44,7 @@ class WeightsWriter:
             on_bytes: told of every part that was written.
         """
         self.root = root
-        self._unfinished = root / (directory_name(0) + ".tmp")
+        self._unfinished = root / (directory_name(0) + UNFINISHED)
         self._unfinished.mkdir()
         self._file = _HashedFile((self._unfinished / TENSORS).open("xb"), on_bytes)
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -67,15 +67,8 @@ class WeightsWriter:
         """
         key = weight_key(name)
         assert self._shapes.setdefault(key, whole) == whole, (key, whole)
-        block_value = value.to(torch.float32).contiguous()
-        if block_value.untyped_storage().nbytes() != block_value.nbytes:
-            block_value = block_value.clone()
-        start = self._file.position
-        try:
-            torch.save(block_value, cast(IO[bytes], self._file))
-        except RuntimeError as problem:
-            raise beneath(problem) from None
-        block = Block(offsets, tuple(value.shape), TENSORS, start, self._file.position - start)
+        held = value.to(torch.float32)
+        block = write_block(cast(IO[bytes], self._file), TENSORS, offsets, held)
         self._blocks.setdefault(key, []).append(block)
 
     def finish(
@@ -121,12 +114,15 @@ class _HashedFile:
     def __init__(self, file: IO[bytes], on_bytes: OnBytes | None) -> None:
         self._file, self._on_bytes = file, on_bytes
         self._digest = hashlib.sha256()
-        self.position = 0
+        self._position = 0
+
+    def tell(self) -> int:
+        return self._position
 
     def write(self, content: Any) -> int:
         self._digest.update(content)
         written = self._file.write(content)
-        self.position += written
+        self._position += written
         if self._on_bytes is not None:
             self._on_bytes(written)
         return written
@@ -138,7 +134,7 @@ class _HashedFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return {"bytes": self.position, "sha256": self._digest.hexdigest()}
+        return {"bytes": self._position, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         self._file.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config
+from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config, read_state
 from adamoe_dist.config import Config, config_from_dict
 from adamoe_dist.convert.families import FAMILIES, VANILLA
 from adamoe_dist.convert.family import Family, meaning
@@ -75,8 +75,9 @@ def plan_export(
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
     origin = origin_of(checkpoint) or origin_of_run(config)
-    tokenizer = _run_tokenizer(checkpoint, config)
-    if origin is not None:
+    if origin is None:
+        tokenizer = _run_tokenizer(checkpoint, config)
+    else:
         tokenizer = origin.files if has_tokenizer(origin.files) else None
     rows = vocab_size or _vocab_size(config, origin, tokenizer)
     chosen = choose_family(config, rows, origin, family)
@@ -147,11 +148,22 @@ def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None) -
 
 
 def _run_tokenizer(checkpoint: Path, config: Config) -> Path | None:
-    """Return where a run's tokenizer is: the copy that the run keeps, or what it was given."""
+    """Return where a run's tokenizer is: the copy that the run keeps, or what it was given.
+
+    Raises:
+        UserError: what is there is another than the model was trained with.
+    """
     kept, given = checkpoint.parent.parent / "tokenizer", Path(config.data.tokenizer)
-    if kept.is_dir():
-        return kept
-    return given if config.data.tokenizer and given.exists() else None
+    place = kept if kept.is_dir() else given
+    if place is given and not (config.data.tokenizer and given.exists()):
+        return None
+    trained, there = read_state(checkpoint).get("tokenizer_fingerprint"), Tokenizer.load(place).fingerprint
+    if trained is not None and there != trained:
+        raise UserError(
+            f"{place} is not the tokenizer of {checkpoint}: {there[:12]} is there, {trained[:12]} was trained with; "
+            f"put that one at {kept}"
+        )
+    return place
 
 
 def _check_tensors(checkpoint: Path, weights: list[Weight], family: Family) -> None:

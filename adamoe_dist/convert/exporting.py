@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adamoe_dist.checkpoint import MergedReader, copy_file
+from adamoe_dist.checkpoint import MergedReader, OnBytes, copy_file
 from adamoe_dist.convert.export_plan import ExportPlan
 from adamoe_dist.convert.hf_directory import CONFIG_FILE, INDEX, SINGLE
 from adamoe_dist.convert.mapping import Weight
@@ -17,7 +17,6 @@ from adamoe_dist.convert.safetensors_files import TensorFileWriter
 from adamoe_dist.convert.tokenizer_files import has_tokenizer
 from adamoe_dist.data import Tokenizer
 
-OnBytes = Callable[[int], object]
 WriteTokenizer = Callable[[Path, Path], None]
 """Writes files that transformers can load, of the run's tokenizer at the first path, into the second."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamoe_dist.checkpoint import WeightsWriter, copy_file
+from adamoe_dist.checkpoint import OnBytes, WeightsWriter, copy_file
 from adamoe_dist.config import Config, config_from_dict, model_problems
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.mapping import Weight
@@ -21,7 +21,6 @@ from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
 RUN_CONFIG = "config.yaml"
-OnBytes = Callable[[int], object]
 ReadRows = Callable[[Weight, int, int], Tensor]
 """Returns rows ``start`` to ``stop`` of a weight, as they are in the Hugging Face model."""
 

@@ -3,7 +3,6 @@
 Axes: E true experts, N null experts (rows that score them: one for all with ``null_init=shared``), H hidden size.
 """
 
-import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,7 +113,7 @@ def _check_choice(config: Config, choice: NullChoice) -> None:
 
 
 def _changed_tree(config: Config, choice: NullChoice) -> dict[str, Any]:
-    tree = copy.deepcopy(config.to_dict())
+    tree = config.to_dict()
     moe, router = tree["moe"], tree["moe"]["router"]
     moe["num_null_experts"] = choice.num_null
     moe["top_k"] = choice.top_k if choice.top_k is not None else moe["top_k"]

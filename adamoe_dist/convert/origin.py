@@ -95,14 +95,31 @@ def origin_of_run(config: Config) -> Origin | None:
     """Return where the weights came from that a run started with, or its tokenizer; None: from no import.
 
     A run that was continued no longer names its first weights, but still the tokenizer that was imported with them.
+
+    Raises:
+        UserError: what the import kept was changed since.
     """
     places = [config.checkpoint.load_weights, config.data.tokenizer and str(Path(config.data.tokenizer).parent)]
     for place in places:
-        if place and Path(place).is_dir():
-            try:
-                found = origin_of(checkpoint_at(place, "checkpoint.load_weights"))
-            except (UserError, CheckpointError):
-                continue
-            if found is not None:
-                return found
+        checkpoint = _checkpoint_in(place) if place else None
+        if checkpoint is None:
+            continue
+        try:
+            found = origin_of(checkpoint)
+        except (UserError, CheckpointError) as problem:
+            raise UserError(
+                f"the run started from {place}, and {problem}; or move that directory away to export without its files"
+            ) from problem
+        if found is not None:
+            return found
     return None
+
+
+def _checkpoint_in(place: str) -> Path | None:
+    """Return the checkpoint at a place, None where there is none any more or never was."""
+    if not Path(place).is_dir():
+        return None
+    try:
+        return checkpoint_at(place, "checkpoint.load_weights")
+    except UserError:
+        return None

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from adamoe_dist.checkpoint import UNFINISHED, sync_directory
 from adamoe_dist.errors import UserError
 
-UNFINISHED = ".tmp"
 _MARGIN_BYTES = 16 << 20
 
 
@@ -56,9 +56,9 @@ def new_directory(target: Path, needed: int, key: str = "--to") -> Iterator[Path
         raise UserError(f"{key} {unfinished} cannot be made ({problem.strerror}); give another place") from problem
     try:
         yield unfinished
-        _sync(unfinished)
+        sync_directory(unfinished)
         os.replace(unfinished, target)
-        _sync(target.absolute().parent)
+        sync_directory(target.absolute().parent)
     except OSError as problem:
         raise UserError(f"{key} {target} cannot be written ({problem}); nothing is left of it") from problem
     finally:
@@ -73,11 +73,3 @@ def _leftover(target: Path) -> Path:
 
 def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

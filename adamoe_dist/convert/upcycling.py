@@ -14,18 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from adamoe_dist import platform
+from adamoe_dist.checkpoint import OnBytes
 from adamoe_dist.config import Config, config_from_dict, model_problems
 from adamoe_dist.convert.hf_directory import HFDirectory
-from adamoe_dist.convert.importing import ImportPlan, OnBytes, tokenizer_of, write_checkpoint
+from adamoe_dist.convert.importing import ImportPlan, tokenizer_of, write_checkpoint
 from adamoe_dist.convert.mapping import Names, Place, Weight, layer_prefix
 from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
 from adamoe_dist.errors import UserError
 
 GATE, UP, DOWN = range(3)
+USUAL_TOP_K = 2
+"""What ``expert_flops_saved`` compares with where ``top_k`` counts null experts' slots too."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def plan_upcycling(source: Path, options: Upcycling, choice: NullChoice | None =
     dense = directory.architecture.config()
     width = dense.model.ffn_hidden_size or 4 * dense.model.hidden_size
     pieces = _pieces(options, width)
-    config = _config(dense, options, width // pieces, choice.num_null)
+    config = _config(dense, options, width // pieces, choice)
     fingerprint, notes = tokenizer_of(directory)
     weights = _weights(directory.weights(dense), config, directory.family.names, pieces)
     routers: dict[str, Callable[[], Tensor]] = {
@@ -160,7 +163,7 @@ def _pieces(options: Upcycling, width: int) -> int:
     return pieces
 
 
-def _config(dense: Config, options: Upcycling, inner: int, num_null: int) -> Config:
+def _config(dense: Config, options: Upcycling, inner: int, choice: NullChoice) -> Config:
     if options.noise < 0:
         raise UserError(f"--noise {options.noise} must not be negative")
     if options.num_experts < 1 or options.top_k < 1:
@@ -170,7 +173,8 @@ def _config(dense: Config, options: Upcycling, inner: int, num_null: int) -> Con
     tree["moe"] |= {
         "num_experts": options.num_experts,
         "num_null_experts": 0,
-        "top_k": min(options.top_k, options.num_experts) if num_null else options.top_k,
+        "top_k": min(options.top_k, options.num_experts) if choice.num_null else options.top_k,
+        "reference_top_k": USUAL_TOP_K if choice.num_null and not choice.preserves_output else None,
         "expert_hidden_size": inner,
         "dense_layers": [],
     }
@@ -219,7 +223,8 @@ def _expert_matrix(rows: Tensor, weight: ExpertWeight, options: Upcycling) -> Te
         inner = weight.shape[1]
         matrix = matrix[:, copy.piece * inner : (copy.piece + 1) * inner] * copy.pieces
     if options.noise:
-        draws = torch.randn(matrix.shape, generator=_generator(options.seed, copy.layer, copy.expert, copy.kind))
+        generator = platform.seeded_generator(options.seed, copy.layer, copy.expert, copy.kind, wide=False)
+        draws = torch.randn(matrix.shape, generator=generator)
         matrix = matrix + options.noise * matrix.std(correction=0) * draws
     return matrix
 
@@ -227,9 +232,6 @@ def _expert_matrix(rows: Tensor, weight: ExpertWeight, options: Upcycling) -> Te
 def _router_rows(config: Config, options: Upcycling, pieces: int, layer: int) -> Tensor:
     """Return a layer's router rows (E, H), drawn for each copy and the same for its pieces."""
     copies = config.moe.num_experts // pieces
-    draws = torch.randn(copies, config.model.hidden_size, generator=_generator(options.seed, layer))
+    generator = platform.seeded_generator(options.seed, layer, wide=False)
+    draws = torch.randn(copies, config.model.hidden_size, generator=generator)
     return (config.model.init_std * draws).repeat_interleave(pieces, dim=0)
-
-
-def _generator(seed: int, *numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0]))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config
+from adamoe_dist.checkpoint import MergedReader, OnBytes, checkpoint_at, read_config
 from adamoe_dist.config import config_from_dict
-from adamoe_dist.convert.exporting import OnBytes, read_weight
+from adamoe_dist.convert.exporting import read_weight
 from adamoe_dist.convert.family import meaning
 from adamoe_dist.convert.hf_directory import HFDirectory
+from adamoe_dist.convert.load_report import read_text
 from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.megatron_model import megatron_model
 from adamoe_dist.convert.safetensors_files import DTYPES
@@ -132,7 +133,7 @@ class Comparing:
             ids = [cut(sentence)["input_ids"][:longest] for sentence in SENTENCES]
             source = f"{len(SENTENCES)} sentences"
         else:
-            whole = cut(_read_text(text))["input_ids"]
+            whole = cut(read_text(text))["input_ids"]
             ids = [whole[start : start + longest] for start in range(0, min(len(whole), 8 * longest), longest)]
             source = str(text)
         sequences = [torch.tensor([part]) for part in ids if part]
@@ -163,10 +164,3 @@ def _tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as problem:
         raise UserError(f"the tokenizer of {path} cannot be loaded by transformers: {problem}") from problem
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"--text {path} cannot be read as UTF-8 text ({problem}); give another") from None

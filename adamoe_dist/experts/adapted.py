@@ -5,11 +5,11 @@ Legend: P rows sorted by expert, L local experts, H hidden size, F inner width, 
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adamoe_dist import platform
 from adamoe_dist.experts.kernels import GroupedProduct, grouped_mm, sequential
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class AdaptedExperts(torch.nn.Module):
         a1_LrH, a2_LrF = torch.empty(local, rank, width), torch.empty(local, rank, inner)
         first = experts.ep_rank * local
         for number in range(local):
-            entropy = np.random.SeedSequence((seed, layer_number, first + number, rank)).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
+            generator = platform.seeded_generator(seed, layer_number, first + number, rank)
             for matrix in (a1_LrH[number], a2_LrF[number]):
                 matrix.uniform_(-1.0, 1.0, generator=generator).div_(matrix.shape[1] ** 0.5)
         self.a1, self.b1 = (_parameter(v, experts) for v in (a1_LrH, torch.zeros(local, 2 * inner, rank)))

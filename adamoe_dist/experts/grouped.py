@@ -1,6 +1,5 @@
 """The true experts of one rank: SwiGLU feed-forward networks held as stacked matrices."""
 
-import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -8,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from adamoe_dist import platform
 from adamoe_dist.experts.adapted import AdaptedExperts
 from adamoe_dist.experts.kernels import KERNELS
 
@@ -76,8 +76,7 @@ class GroupedExperts(MegatronModule):
         width, inner = self.config.hidden_size, self.config.moe_ffn_hidden_size
         for local in range(self.num_local_experts):
             expert = self.ep_rank * self.num_local_experts + local
-            entropy = np.random.SeedSequence((seed, layer_number, expert)).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
+            generator = platform.seeded_generator(seed, layer_number, expert)
             gate_up = torch.empty(2 * inner, width, dtype=torch.float32).normal_(0.0, deviation, generator=generator)
             down = torch.empty(width, inner, dtype=torch.float32).normal_(0.0, output_deviation, generator=generator)
             self.weight1[local].copy_(slice_gate_up(gate_up, self.tensor_rank, self.tensor_size))

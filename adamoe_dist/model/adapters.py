@@ -7,7 +7,6 @@ experts are in :mod:`adamoe_dist.experts`.
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -18,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from adamoe_dist import platform
 from adamoe_dist.config import LoraConfig
 from adamoe_dist.experts import AdaptedExperts, GroupedExperts
 from adamoe_dist.model.build import LanguageModel
@@ -77,7 +77,7 @@ def add_adapters(model: LanguageModel, lora: LoraConfig, seed: int) -> None:
         if "attention" in lora.targets:
             for place, name in enumerate(("linear_qkv", "linear_proj")):
                 linear = getattr(layer.self_attention, name)
-                generator = _generator(seed, layer.layer_number, place)
+                generator = platform.seeded_generator(seed, layer.layer_number, place)
                 linear.lora = LinearAdapter(linear, lora.rank, scale, generator)
                 linear.register_forward_hook(_add_adapter)
         experts = getattr(layer.mlp, "experts", None)
@@ -93,11 +93,6 @@ def is_adapter(name: str) -> bool:
 def _add_adapter(linear: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
     adapter: Any = linear.lora
     return output[0] + adapter(inputs[0]), *output[1:]
-
-
-def _generator(*key: int) -> torch.Generator:
-    entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 
 
 def _mark(parameter: torch.nn.Parameter, **marks: object) -> None:

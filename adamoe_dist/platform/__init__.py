@@ -19,7 +19,7 @@ from adamoe_dist.platform.device import (
     synchronize,
 )
 from adamoe_dist.platform.extensions import building_alone
-from adamoe_dist.platform.random_states import random_states, restore_random_states
+from adamoe_dist.platform.random_states import random_states, restore_random_states, seeded_generator
 
 __all__ = [
     "building_alone",
@@ -36,6 +36,7 @@ __all__ = [
     "random_states",
     "restore_random_states",
     "seed_everything",
+    "seeded_generator",
     "select_device",
     "synchronize",
     "without_compiled_collectives",

@@ -13,6 +13,20 @@ _TWISTER = np.dtype([("words", "<u4", WORDS), ("position", "<u4"), ("has_normal"
 MEGATRON = "megatron."
 
 
+def seeded_generator(*key: int, wide: bool = True) -> torch.Generator:
+    """Return a generator of torch's, on the CPU, whose draws depend on whole numbers >= 0 alone.
+
+    Args:
+        *key: such as a seed and the number of a layer; every key has draws of its own.
+        wide: seed it with 63 bits made of the key, else with 32.
+    """
+    if wide:
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    else:
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    return torch.Generator().manual_seed(seed)
+
+
 def random_states() -> dict[str, Tensor]:
     """Return the states of this process's generators: ``python``, ``numpy``, torch's ``cpu`` and ``cuda``.
 

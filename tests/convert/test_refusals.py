@@ -14,7 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adamoe_dist.checkpoint import check_compatible, plan_null_experts, read_config, set_null_experts, verify_files
+from adamoe_dist.checkpoint import (
+    WeightsWriter,
+    check_compatible,
+    plan_null_experts,
+    read_config,
+    read_index,
+    read_tensor,
+    set_null_experts,
+    verify_files,
+)
+from adamoe_dist.config import load_config
 from adamoe_dist.convert import Comparing, HFConfig, export_model, family_of, import_model, plan_export, plan_import
 from adamoe_dist.convert.commands import describe_hf_directory, size_in_bytes
 from adamoe_dist.convert.outputs import check_output
@@ -296,7 +306,6 @@ def test_what_a_killed_run_left_is_removed(source: Path, tmp_path: Path) -> None
 
 
 def test_it_cannot_be_resumed_but_started_from(source: Path, tmp_path: Path) -> None:
-    from adamoe_dist.config import load_config
     from adamoe_dist.data import Tokenizer
 
     checkpoint = import_model(plan_import(source), tmp_path / "out")
@@ -317,6 +326,28 @@ def test_a_copy_with_null_experts_still_has_its_origin(source: Path, tmp_path: P
     assert plan.family.model_type == "adamoe" and plan.origin is not None
     export_model(plan, tmp_path / "back")
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_run_from_an_import_whose_files_were_changed_is_not_exported_without_them(
+    source: Path, tmp_path: Path
+) -> None:
+    checkpoint = import_model(plan_import(source), tmp_path / "out")
+    config = load_config(tmp_path / "out" / "config.yaml").to_dict()
+    (tmp_path / "run").mkdir()
+    with WeightsWriter(tmp_path / "run") as writer:
+        for key, entry in read_index(checkpoint).items():
+            value = read_tensor(checkpoint, read_index(checkpoint), key)
+            writer.add(key.removeprefix("model."), entry.shape, (0,) * value.dim(), value)
+        writer.finish(config, None)
+    assert plan_export(str(tmp_path / "run")).origin is not None
+    kept = tmp_path / "out" / "huggingface" / "config.json"
+    kept.write_text(kept.read_text() + " ")
+    with pytest.raises(
+        UserError, match=rf"started from {tmp_path / 'out'}.*config\.json is missing or was changed.*move"
+    ):
+        plan_export(str(tmp_path / "run"))
+    (tmp_path / "out").rename(tmp_path / "away")
+    assert plan_export(str(tmp_path / "run")).origin is None
 
 
 def test_changed_files_and_weights_are_found(source: Path, tmp_path: Path) -> None:

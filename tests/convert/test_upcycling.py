@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from adamoe_dist.checkpoint import read_config
+from adamoe_dist.config import config_from_dict
 from tests.convert.megatron import checkpoint_logits, hf_logits, tokens_of, weights_of
 from tests.convert.models import add_tokenizer, save
 from tests.convert.tool import refusal, run
@@ -25,6 +27,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def upcycled(source: Path, target: Path, *options: str) -> tuple[Path, str]:
     printed = run("upcycle", "--from", str(source), "--to", str(target), *options)
     return target / "iter_0000000", printed
+
+
+def reference_of(path: Path) -> int:
+    return config_from_dict(read_config(path)).reference_top_k
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -80,6 +86,13 @@ def test_null_experts_beside_copies_cost_output_only_where_a_token_has_no_copy(d
     )
     assert "but for tokens that take null experts only" in printed
     assert (checkpoint_logits(seldom, tokens) - expected).abs().max() > 1e-2
+    assert reference_of(always) == reference_of(seldom) == 2
+
+
+def test_the_saving_of_null_experts_shut_out_is_counted_from_the_models_own_top_k(dense: Path, tmp_path: Path) -> None:
+    nulls = ["--num-null-experts", "2", "--target-load", "2", "--preserve-output"]
+    kept, _ = upcycled(dense / "llama", tmp_path / "a", "--num-experts", "4", "--top-k", "3", *nulls)
+    assert reference_of(kept) == 3
 
 
 def test_noise_sets_experts_apart_and_follows_the_seed(dense: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,17 @@ def test_a_checkpoint_that_is_not_of_its_configuration_is_refused(tmp_path):
         sign(checkpoint)
         with pytest.raises(UserError, match=problem):
             model_from_checkpoint(checkpoint)
+
+
+def test_another_tokenizer_than_that_of_training_does_not_go_along(tmp_path):
+    from adamoe_dist.data import Document, train_tokenizer
+    from adamoe_dist.errors import UserError
+
+    checkpoint, _, _ = checkpoint_of(tmp_path, {})
+    train_tokenizer([Document("another text of other words " * 200, "0")], 290, tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tmp_path / "run" / "tokenizer", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"run/tokenizer is not the tokenizer of .* was trained with"):
+        export(checkpoint, tmp_path / "out")
 
 
 def test_the_tool_exports_and_verifies(tmp_path):
