@@ -137,6 +137,14 @@ def test_commands_from_and_to_hugging_face(checkout) -> None:
     assert "saved runs/tuned/checkpoints" in done.stdout
 
 
+def test_report_and_plan_commands(checkout) -> None:
+    if not (checkout / "runs" / "full" / "checkpoints").exists():
+        run(with_port(only("configs/quickstart.yaml run.name=full")), checkout)
+    run(only(covered("tools/inspect_routing.py")), checkout, small=False)
+    assert "<html" in (checkout / "report.html").read_text()
+    assert "tokens/s" in run(only(covered("tools/plan.py")), checkout, small=False).stdout
+
+
 def write_mixtral(directory: Path, text: str) -> None:
     """A tiny Mixtral with random weights and a tokenizer of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
