@@ -15,7 +15,12 @@ from tests.benchmarks.commands import REPOSITORY, benchmark
 from tests.benchmarks.tiny_gguf import write_gguf
 
 COLOURS = ("red", "blue", "green", "white", "black")
-KEYS = ("model.sequence_length=32", "train.global_batch_size=8", "optimizer.learning_rate=0.01")
+KEYS = (
+    "model.sequence_length=32",
+    "monitor.log_interval=1",
+    "train.global_batch_size=8",
+    "optimizer.learning_rate=0.01",
+)
 
 
 def question(number: int, draws: random.Random) -> dict[str, Any]:

@@ -398,7 +398,10 @@ def test_the_commands(
     refused = subprocess.run(
         [sys.executable, TOOL, "import", "--from", source, "--to", "out"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: --to out")
+    lines = [
+        line for line in refused.stderr.splitlines() if "cpp_extension" not in line
+    ]  # torch's, for CUDA without GPU
+    assert refused.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: --to out")
 
 
 def test_sizes_that_no_model_has(source: Path) -> None:
