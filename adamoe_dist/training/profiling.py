@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from torch.profiler import profile, record_function
+import torch
 
 from adamoe_dist import platform
 from adamoe_dist.config import ProfileConfig
@@ -21,14 +21,14 @@ class StepProfiler(Callback):
     leaves a trace of the steps that it made, a run that fails leaves none.
     """
 
-    def __init__(self, settings: ProfileConfig, directory: Path) -> None:
-        """Write to ``directory``; ``settings.steps`` are ``[first, last]``."""
-        self._first, self._last = settings.steps
-        self._ranks, self._memory = settings.ranks, settings.memory
+    def __init__(self, profile: ProfileConfig, directory: Path) -> None:
+        """Write to ``directory``; ``profile.steps`` are ``[first, last]``."""
+        self._first, self._last = profile.steps
+        self._ranks, self._memory = profile.ranks, profile.memory
         self._directory = directory
         self._annotations = Annotations()
-        self._profile: profile | None = None
-        self._step_range: record_function | None = None
+        self._profile: torch.profiler.profile | None = None
+        self._step_range: torch.profiler.record_function | None = None
         self._started = 0
 
     def on_start(self, trainer: Trainer) -> None:
@@ -47,7 +47,8 @@ class StepProfiler(Callback):
         if self._profile is None and trainer.rank in self._ranks and self._first <= step <= self._last:
             self._start(trainer, step)
         if self._profile is not None:
-            self._step_range = record_function(f"ProfilerStep#{step}")  # the name that TensorBoard's plugin looks for
+            # TensorBoard's plugin looks for this name.
+            self._step_range = torch.profiler.record_function(f"ProfilerStep#{step}")
             self._step_range.__enter__()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -70,7 +71,8 @@ class StepProfiler(Callback):
         self._started = step
         if self._memory:
             platform.start_memory_history()
-        self._profile = profile(activities=platform.profiled_activities(), profile_memory=self._memory)
+        activities = platform.profiled_activities()
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=self._memory)
         self._profile.start()
         if not platform.is_under_nsight():  # the loop has annotations then
             trainer.ranges.add(self._annotations)
