@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 from adamoe_dist.platform import StreamClock
-from adamoe_dist.timing.ranges import BACKWARD, LAYER_PARTS
+from adamoe_dist.timing.ranges import BACKWARD, PHASES
 
 
 class _Span(NamedTuple):
@@ -17,9 +17,9 @@ class _Span(NamedTuple):
 class PhaseClock:
     """Adds up the seconds of each range that it hears of.
 
-    A range inside a part of an MoE layer is taken off that part: a shared expert that is computed while rows travel is
-    no dispatch. Inside the backward pass nothing is counted but the whole: layers that are computed again there are
-    backward.
+    Each moment counts for the phase of the step that it is in, and within that for the innermost range: a shared expert
+    that is computed while rows travel is no dispatch. Inside the backward pass nothing is counted but the whole: layers
+    that are computed again there are backward.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class PhaseClock:
         for span in self._spans:
             duration = self._clock.seconds(span.start, span.end)
             seconds[span.name] += duration
-            if span.parent in LAYER_PARTS:
+            if span.parent is not None and span.parent not in PHASES:
                 seconds[span.parent] -= duration
         self._spans = []
         self._clock.reset()

@@ -1,6 +1,7 @@
 """Traces of chosen steps on chosen ranks: ``monitor.profile``."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -89,6 +90,7 @@ class StepProfiler(Callback):
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(unfinished))
+            _require_whole(unfinished)
             unfinished.replace(trace)
             if self._memory:
                 platform.stop_memory_history(self._directory / f"{name}.memory.pickle")
@@ -97,3 +99,15 @@ class StepProfiler(Callback):
             logger.warning("warning: the profile %s is not written: %s", trace, problem)
             return
         logger.info("profile of steps %d to %d in %s; open it with https://ui.perfetto.dev", self._started, step, trace)
+
+
+def _require_whole(trace: Path) -> None:
+    """Look at the end of a trace, since the profiler says nothing of a disk that is full.
+
+    Raises:
+        OSError: the file is missing or not whole.
+    """
+    with trace.open("rb") as file:
+        file.seek(-min(64, trace.stat().st_size), os.SEEK_END)
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError(f"{trace} was cut off")
