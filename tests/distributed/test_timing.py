@@ -49,8 +49,8 @@ def test_each_phase_has_the_time_that_it_takes(ranks_of, tmp_path: Path, name: s
         assert times["routing"] >= each_s and times["experts"] >= each_s
         assert times["backward"] >= 2 * each_s * is_recomputed
         if "shared expert" in name:
-            assert times["forward"] >= 3 * each_s
-            assert times["dispatch"] < each_s, "what is computed meanwhile is not dispatch"
+            rest_s = times["forward"] - sum(times[part] for part in LAYER_PARTS)
+            assert rest_s >= each_s, "what is computed meanwhile is not dispatch"
         assert record["model_flops_per_second"] > 0 and "mfu" not in record
 
 
