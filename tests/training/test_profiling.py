@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from adamoe_dist.config import ProfileConfig
+from adamoe_dist.config import ProfileConfig, config_from_dict
+from adamoe_dist.errors import UserError
 from adamoe_dist.timing import Ranges
 from adamoe_dist.training.callback import StepResult, TokenCounts
 from adamoe_dist.training.profiling import StepProfiler
+from adamoe_dist.training.task import FineTuning
 
 
 def run(profiler: StepProfiler, steps: range, stop_after: int = 100, rank: int = 0) -> Any:
@@ -116,3 +118,19 @@ def test_on_cuda_a_snapshot_of_memory_is_written_too(tmp_path: Path, monkeypatch
     run(profiler, range(1))
     profiler.close()
     assert calls == [("all", True), (None, False)], "dropped"
+
+
+def test_steps_that_the_epochs_of_a_fine_tuning_run_do_not_reach_are_refused() -> None:
+    profile = {"steps": [21, 21]}
+    config = config_from_dict(
+        {
+            "monitor": {"profile": profile},
+            "finetune": {"epochs": 2.0},
+            "train": {"global_batch_size": 8},
+            "checkpoint": {"load_weights": "model"},
+        }
+    )
+    with pytest.raises(UserError, match=r"monitor.profile.steps=\[21, 21\] ends after the last step, train.steps=20"):
+        FineTuning()._set_steps(config, samples=80)
+    FineTuning()._set_steps(config, samples=84)
+    assert config.train.steps == 21
