@@ -7,9 +7,11 @@ from adamoe_dist.config.finetune import FinetuneConfig, LoraConfig
 from adamoe_dist.config.layout import Layout
 from adamoe_dist.config.load import config_from_dict, load_config, read_values
 from adamoe_dist.config.moe import BalanceConfig, DispatcherConfig, MoEConfig
+from adamoe_dist.config.monitor import ProfileConfig
 from adamoe_dist.config.tree import Config
 from adamoe_dist.config.validate import Resolved, automatic_micro_batch, model_problems, resolve, schedule_problem
 from adamoe_dist.config.validate_finetune import check_fine_tuning, check_pre_training
+from adamoe_dist.config.validate_monitor import profile_steps_problem
 
 __all__ = [
     "ABSENT",
@@ -22,6 +24,7 @@ __all__ = [
     "Layout",
     "LoraConfig",
     "MoEConfig",
+    "ProfileConfig",
     "Resolved",
     "Rule",
     "automatic_micro_batch",
@@ -34,6 +37,7 @@ __all__ = [
     "leaves",
     "load_config",
     "model_problems",
+    "profile_steps_problem",
     "read_values",
     "resolve",
     "rule_of",

@@ -2,7 +2,22 @@
 
 from dataclasses import dataclass
 
-from adamoe_dist.config.fields import key
+from adamoe_dist.config.fields import key, section
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Traces of chosen steps."""
+
+    steps: list[int] = key(
+        [],
+        "First and last step to profile, as [10, 12], each rank's trace to <run.dir>/profile (docs/profiling.md); "
+        "[]: none.",
+    )
+    ranks: list[int] = key([0], "Ranks that are profiled.")
+    memory: bool = key(
+        True, "Record allocations too: in the trace, and on CUDA also as a memory snapshot with their stacks."
+    )
 
 
 @dataclass(kw_only=True)
@@ -19,6 +34,13 @@ class MonitorConfig:
     spike_factor: float | None = key(
         6.0, "Standard deviations above that mean from which on a loss is reported as a spike; null: none is.", above=0
     )
+    peak_tflops: float | None = key(
+        None,
+        "Peak of a rank's device in TFLOP/s, in the precision of the run, that mfu is measured against; null: that of "
+        "the data sheet for GPUs that the planner knows, and no mfu for others.",
+        above=0,
+    )
+    profile: ProfileConfig = section(ProfileConfig, "Traces of chosen steps.")
     hang_timeout_s: float | None = key(
         600.0,
         "Seconds without progress on any rank (a forward pass, a validation batch, files that grow) after which the "

@@ -8,6 +8,7 @@ from adamoe_dist.config.layout import Layout, find_layout
 from adamoe_dist.config.load import refuse
 from adamoe_dist.config.tree import Config
 from adamoe_dist.config.validate_finetune import check_finetune
+from adamoe_dist.config.validate_monitor import check_profile
 from adamoe_dist.config.validate_router import check_router, check_target_load
 
 MICRO_BATCH_TOKENS = 16384
@@ -80,6 +81,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
     _check_training(config, problems)
     _check_deepspeed(config, problems)
     check_finetune(config, problems)
+    check_profile(config, world_size, problems)
     layout = find_layout(config, world_size, problems)
     micro_batch_size = _check_batch(config, layout, problems)
     refuse(problems)

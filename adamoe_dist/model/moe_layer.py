@@ -24,6 +24,7 @@ from adamoe_dist.routing import (
     RoutingStatistics,
     expert_capacity,
 )
+from adamoe_dist.timing import COMBINE, DISPATCH, EXPERTS, ROUTING, SHARED_EXPERT, Ranges
 
 
 class SharedExperts(SharedExpertMLP):
@@ -64,6 +65,7 @@ class AdaMoELayer(MoELayer):
             **version_keywords,
         )
         self.counters = counters
+        self.ranges = Ranges()
         self.null_experts = _null_experts(config)
         self._null_output: Tensor | None = None
         self._placement = Placement.in_groups(groups, config.expert_nodes)
@@ -100,49 +102,74 @@ class AdaMoELayer(MoELayer):
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route as Megatron does, and compute here what null experts return."""
-        routed: tuple[Tensor, Tensor] = super().route(hidden_states, padding_mask)
-        if self.null_experts is not None:
-            tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-            output_TH = self.null_experts(tokens_TH, self.router.take_null_weights())
-            self._null_output = output_TH.view(hidden_states.shape)
-        return routed
+        with self.ranges(ROUTING):
+            routed: tuple[Tensor, Tensor] = super().route(hidden_states, padding_mask)
+            if self.null_experts is not None:
+                tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+                output_TH = self.null_experts(tokens_TH, self.router.take_null_weights())
+                self._null_output = output_TH.view(hidden_states.shape)
+            return routed
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Plan the dispatch as Megatron does, and count what it sends to other ranks."""
-        planned: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
-        if self.training and torch.is_grad_enabled():  # once, also where the layer is recomputed
-            self._count_dispatch(hidden_states, probs, routing_map)
-        return planned
+        with self.ranges(DISPATCH):
+            planned: tuple[Tensor, Tensor] = super().preprocess(hidden_states, probs, routing_map)
+            if self.training and torch.is_grad_enabled():  # once, also where the layer is recomputed
+                self._count_dispatch(hidden_states, probs, routing_map)
+            return planned
 
     def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
         """Compute the shared expert, or leave it for :meth:`dispatch`."""
         if self.overlaps_shared_expert:
             self._shared_input = hidden_states
             return None
-        output: Tensor | None = super().shared_experts_compute(hidden_states)
-        return output
+        return self._compute_shared(hidden_states) if self.use_shared_expert else None
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send the rows, and compute the shared expert while they travel if it was left for now."""
-        if self._shared_input is None:
-            sent: tuple[Tensor, Tensor] = super().dispatch(hidden_states, probs)
-            return sent
-        return self.token_dispatcher.token_dispatch(hidden_states, probs, meanwhile=self._compute_shared)
+        with self.ranges(DISPATCH):
+            if self._shared_input is None:
+                sent: tuple[Tensor, Tensor] = super().dispatch(hidden_states, probs)
+                return sent
+            return self.token_dispatcher.token_dispatch(hidden_states, probs, meanwhile=self._compute_shared_meanwhile)
 
-    def _compute_shared(self) -> None:
-        self._shared_output = super().shared_experts_compute(self._shared_input)
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Compute the true experts as Megatron does, each of the three parts under its name."""
+        with self.ranges(DISPATCH):
+            rows_PH, tokens_per_expert, weights_P = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
+        with self.ranges(EXPERTS):
+            output_PH, bias = self.experts(rows_PH, tokens_per_expert, weights_P)
+        assert bias is None, "experts have no bias"
+        with self.ranges(COMBINE):
+            return self.token_dispatcher.combine_preprocess(output_PH), None
+
+    def combine(self, output: Tensor) -> Tensor:
+        """Send the results back."""
+        with self.ranges(COMBINE):
+            returned: Tensor = super().combine(output)
+            return returned
+
+    def _compute_shared(self, hidden_states: Tensor) -> Tensor | None:
+        with self.ranges(SHARED_EXPERT):
+            output: Tensor | None = super().shared_experts_compute(hidden_states)
+            return output
+
+    def _compute_shared_meanwhile(self) -> None:
+        assert self._shared_input is not None, "nothing was left for now"
+        self._shared_output = self._compute_shared(self._shared_input)
         self._shared_input = None
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         """Sum what each token's true experts, the shared expert and its null experts returned."""
         if self._shared_output is not None:
             shared_expert_output, self._shared_output = self._shared_output, None
-        combined: Tensor = super().postprocess(output, shared_expert_output)
-        if self.null_experts is None:
-            return combined
-        null_output, self._null_output = self._null_output, None
-        assert null_output is not None, "postprocess without route"
-        return combined + null_output
+        with self.ranges(COMBINE):
+            combined: Tensor = super().postprocess(output, shared_expert_output)
+            if self.null_experts is None:
+                return combined
+            null_output, self._null_output = self._null_output, None
+            assert null_output is not None, "postprocess without route"
+            return combined + null_output
 
     def _count_dispatch(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> None:
         if isinstance(self.token_dispatcher, CountingDispatcher):

@@ -12,6 +12,7 @@ from torch import Tensor
 from adamoe_dist.data import MicroBatch
 from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel.engine import TrainingEngine
+from adamoe_dist.timing import BACKWARD, FORWARD, PIPELINE, Ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +58,21 @@ class Schedule:
     and backward in turn.
     """
 
-    def __init__(self, engine: TrainingEngine, model: LanguageModel, dtype: torch.dtype, device: torch.device) -> None:
-        """Schedule ``model`` under ``engine``; stages exchange tensors of ``dtype`` on ``device``."""
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        model: LanguageModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranges: Ranges | None = None,
+    ) -> None:
+        """Schedule ``model`` under ``engine``; stages exchange tensors of ``dtype`` on ``device``.
+
+        ``ranges`` are told of the passes and of the exchange.
+        """
         self._engine, self._model = engine, model
-        self._neighbours = Neighbours(dtype, device)
+        self._ranges = ranges or Ranges()
+        self._neighbours = Neighbours(dtype, device, self._ranges)
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Add the gradients of a step.
@@ -89,25 +101,27 @@ class Schedule:
         def forward(index: int, hidden: Tensor | None) -> Tensor:
             batch = micro_batches[index]
             weigh_auxiliary_losses(index)
-            output = self._engine(batch.tokens, batch.padding_mask, hidden)
-            if self._model.is_last_stage:
-                if weighting is None:
-                    output = output.mean()
-                else:
-                    assert batch.loss_mask is not None, "samples with and without masks in one step"
-                    own_mask = self._model.own_part(batch.loss_mask)
-                    output = torch.where(own_mask, output, 0.0).sum() * weighting.per_token
-                total.add_(output.detach() / count)
+            with self._ranges(FORWARD):
+                output = self._engine(batch.tokens, batch.padding_mask, hidden)
+                if self._model.is_last_stage:
+                    if weighting is None:
+                        output = output.mean()
+                    else:
+                        assert batch.loss_mask is not None, "samples with and without masks in one step"
+                        own_mask = self._model.own_part(batch.loss_mask)
+                        output = torch.where(own_mask, output, 0.0).sum() * weighting.per_token
+                    total.add_(output.detach() / count)
             in_flight.append((index, hidden, output))
             return output
 
         def backward(gradient: Tensor | None) -> Tensor | None:
             index, hidden, output = in_flight.pop(0)
             weigh_auxiliary_losses(index)
-            if gradient is None:
-                self._engine.backward(output)
-            else:
-                self._engine.backward_from(output, gradient)
+            with self._ranges(BACKWARD):
+                if gradient is None:
+                    self._engine.backward(output)
+                else:
+                    self._engine.backward_from(output, gradient)
             return None if hidden is None else hidden.grad
 
         def shape(index: int) -> tuple[int, ...]:
@@ -165,8 +179,9 @@ class Neighbours:
     would wait for ever on NCCL.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, ranges: Ranges) -> None:
         self.dtype, self.device = dtype, device
+        self._ranges = ranges
         group = parallel_state.get_pipeline_model_parallel_group()
         ranks = dist.get_process_group_ranks(group)
         self.stage, self.stages = dist.get_rank(group), len(ranks)
@@ -202,11 +217,12 @@ class Neighbours:
         if peer is None:
             return None
         operations, received = [], None
-        if tensor is not None:
-            operations.append(dist.P2POp(dist.isend, tensor.detach().contiguous(), peer, self._group))
-        if shape is not None:
-            received = torch.empty(shape, dtype=self.dtype, device=self.device)
-            operations.append(dist.P2POp(dist.irecv, received, peer, self._group))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        with self._ranges(PIPELINE):
+            if tensor is not None:
+                operations.append(dist.P2POp(dist.isend, tensor.detach().contiguous(), peer, self._group))
+            if shape is not None:
+                received = torch.empty(shape, dtype=self.dtype, device=self.device)
+                operations.append(dist.P2POp(dist.irecv, received, peer, self._group))
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
         return None if received is None else received.requires_grad_()

@@ -3,7 +3,7 @@
 from adamoe_dist.planning.activations import kept_per_token, tokens_of_a_rank
 from adamoe_dist.planning.arithmetic import describe_run
 from adamoe_dist.planning.compute import flops_per_token, hardware_flops_per_token, layer_flops, output_flops
-from adamoe_dist.planning.hardware import DEVICES, Assumptions, Cluster, Device, read_assumptions
+from adamoe_dist.planning.hardware import DEVICES, Assumptions, Cluster, Device, find_device, read_assumptions
 from adamoe_dist.planning.memory import PeakMemory, RankMemory, peak_memory, rank_memory
 from adamoe_dist.planning.output import planned_config, write_config, write_slurm
 from adamoe_dist.planning.parameters import (
@@ -49,6 +49,7 @@ __all__ = [
     "describe_run",
     "dispatch_rows",
     "expected_load",
+    "find_device",
     "flops_per_token",
     "hardware_flops_per_token",
     "kept_per_token",

@@ -1,6 +1,7 @@
 """What a run is planned for: devices, machines, links, and what is assumed about how well they are used."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,21 @@ DEVICES = {
     )
 }
 """Memory in GiB is what a process can have of it; ``cpu`` is one core of a server."""
+
+SLOWER_FORMS = {"h100": {"pcie", "nvl"}, "h200": {"nvl"}}
+"""Words in the driver's name of cards that have less than the numbers above."""
+
+
+def find_device(gpu_name: str) -> Device | None:
+    """Return the entry of a GPU by its driver's name, such as ``NVIDIA H100 80GB HBM3``; None for any other.
+
+    A part of a GPU (MIG) and the slower cards of the same name have none.
+    """
+    words = set(re.split(r"[\s-]+", gpu_name.lower()))
+    for device in DEVICES.values():
+        if device.name in words and not words & {"mig", *SLOWER_FORMS.get(device.name, ())}:
+            return None if device.is_cpu else device
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from adamoe_dist.platform.device import (
     compute_precision,
     device,
     device_name,
+    gpu_name,
     is_cuda,
     limit_threads,
     peak_memory_gib,
@@ -19,25 +20,42 @@ from adamoe_dist.platform.device import (
     synchronize,
 )
 from adamoe_dist.platform.extensions import building_alone
+from adamoe_dist.platform.profiling import (
+    is_under_nsight,
+    pop_device_range,
+    profiled_activities,
+    push_device_range,
+    start_memory_history,
+    stop_memory_history,
+)
 from adamoe_dist.platform.random_states import random_states, restore_random_states, seeded_generator
+from adamoe_dist.platform.stream_clock import StreamClock
 
 __all__ = [
+    "StreamClock",
     "building_alone",
     "communication_backend",
     "compute_precision",
     "device",
     "device_name",
     "fix_order_of_sums",
+    "gpu_name",
     "host",
     "is_cuda",
+    "is_under_nsight",
     "limit_threads",
     "peak_memory_gib",
+    "pop_device_range",
     "prepare",
+    "profiled_activities",
+    "push_device_range",
     "random_states",
     "restore_random_states",
     "seed_everything",
     "seeded_generator",
     "select_device",
+    "start_memory_history",
+    "stop_memory_history",
     "synchronize",
     "without_compiled_collectives",
 ]

@@ -102,6 +102,11 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def gpu_name() -> str | None:
+    """Return the driver's name of this process's GPU, or None on a CPU."""
+    return str(torch.cuda.get_device_name()) if is_cuda() else None
+
+
 def device_name() -> str:
     """Return the device in words, for the start-up report."""
     if is_cuda():

@@ -42,6 +42,9 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None:
         """Act before the first step."""
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Act before optimizer step ``trainer.step + 1``."""
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Act after optimizer step ``result.step`` (from 1)."""
 

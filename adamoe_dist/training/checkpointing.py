@@ -8,6 +8,7 @@ import torch
 
 from adamoe_dist.checkpoint import CheckpointSaver, Retention, Start, load_checkpoint, load_weights
 from adamoe_dist.config import Config, Resolved
+from adamoe_dist.timing import SAVE
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.run_directory import checkpoint_root
@@ -34,7 +35,8 @@ class CheckpointWriter(Callback):
         """Save if it is due; the last one is waited for."""
         interval = trainer.config.checkpoint.interval
         if trainer.is_last_step or (interval is not None and result.step % interval == 0):
-            self.save(trainer)
+            with trainer.ranges(SAVE):
+                self.save(trainer)
         else:
             self._saver.poll()
         self._report(trainer)

@@ -19,6 +19,7 @@ from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, NumericalError
 from adamoe_dist.launcher import STARTED
 from adamoe_dist.model import LanguageModel
 from adamoe_dist.parallel import TRAINING, Progress, Schedule, TrainingEngine, has_finite_weights, sum_of
+from adamoe_dist.timing import DATA, OPTIMIZER, Annotations, Ranges
 from adamoe_dist.training.callback import Callback, StepResult, TokenCounts
 from adamoe_dist.training.load_control import load_controller
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
@@ -55,6 +56,7 @@ class Trainer:
         failure: why the numbers stop the run, if they do.
         events: what went wrong in this process so far, by the name of its metric.
         progress: marked at every forward pass and change of phase.
+        ranges: told which part of a step the loop, the schedule and the MoE layers are in.
     """
 
     def __init__(
@@ -89,7 +91,12 @@ class Trainer:
         self._bad_in_a_row = 0
         self._load_controller = load_controller(config, model)
         self._received: signal.Signals | None = None
-        self.schedule = Schedule(engine, model, dtype, device)
+        self.ranges = Ranges()
+        if platform.is_under_nsight():
+            self.ranges.add(Annotations())
+        for layer in model.moe_layers:
+            layer.ranges = self.ranges
+        self.schedule = Schedule(engine, model, dtype, device, self.ranges)
         self.num_moe_layers = len(config.moe_layers)
         self.first_moe_layer = config.moe_layers.index(model.moe_layers[0].layer_number - 1)
 
@@ -112,6 +119,8 @@ class Trainer:
             for callback in self._callbacks_in_turn():
                 callback.on_start(self)
             while not self.is_last_step:
+                for callback in self._callbacks_in_turn():
+                    callback.before_step(self)
                 self.progress.enter(TRAINING)
                 result = self._train_step()
                 for callback in self._callbacks_in_turn():
@@ -137,12 +146,15 @@ class Trainer:
         self._prepare_layers()
         self.engine.train()
         first_sample = self.batches.consumed_samples
-        micro_batches = self.batches.next_step()
-        total = self.schedule.run([batch.to(self.device) for batch in micro_batches])
+        with self.ranges(DATA):
+            micro_batches = self.batches.next_step()
+            on_device = [batch.to(self.device) for batch in micro_batches]
+        total = self.schedule.run(on_device)
         lm_loss, tokens, bad_tokens = self._agree(total, micro_batches)
         finding = self._bad_scores(bad_tokens) or self._bad_loss(lm_loss)
         self.engine.set_learning_rate(rate)
-        self.engine.step(discard=finding is not None)
+        with self.ranges(OPTIMIZER):
+            self.engine.step(discard=finding is not None)
         norm = self.engine.gradient_norm()
         if finding is None:
             finding, norm = self._judge_norm(norm)

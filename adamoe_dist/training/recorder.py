@@ -4,9 +4,12 @@ import logging
 from collections.abc import Sequence
 
 from adamoe_dist.data import Dataset
+from adamoe_dist.timing import PhaseClock
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.metrics import LayerRecord, Record, step_record
+from adamoe_dist.training.phases import phase_fields
+from adamoe_dist.training.speed import ModelSpeed
 from adamoe_dist.training.validation import Validation, validate
 from adamoe_dist.training.writers import JsonlWriter, TensorBoardWriter
 
@@ -16,6 +19,10 @@ logger = logging.getLogger(__name__)
 class Recorder(Callback):
     """Records every ``monitor.log_interval`` steps, every ``train.validation_interval`` steps, first and last.
 
+    Step time and speed are averages since the last record, without the first step of the process, which allocates and
+    compiles; a record of that step alone has its own time, and no ``model_flops_per_second``, ``mfu`` or ``time_*``.
+    The phases, ``time_*``, are those of the recorded step itself: a clock runs in no other.
+
     Attributes:
         first_validation: before training (or None, as on a resumed run).
         last_validation: the latest.
@@ -23,7 +30,7 @@ class Recorder(Callback):
         tensorboard: its writer, on rank 0 where it is on.
     """
 
-    def __init__(self, validation_sets: Sequence[Dataset]) -> None:
+    def __init__(self, validation_sets: Sequence[Dataset], speed: ModelSpeed) -> None:
         self.first_validation: Validation | None = None
         self.last_validation: Validation | None = None
         self.last_record: Record = {}
@@ -31,6 +38,10 @@ class Recorder(Callback):
         self._sets = validation_sets
         self._jsonl: JsonlWriter | None = None
         self._seconds: list[float] = []
+        self._speed = speed
+        self._clock = PhaseClock()
+        self._steps = 0
+        self._is_measured = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the files and validate the untrained model."""
@@ -44,8 +55,22 @@ class Recorder(Callback):
             record = {"step": 0, "tokens_seen": 0, **_validation_fields(self.first_validation)}
             self._write(record, [])
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Start the clock of the phases in a step that will be recorded, but for the first of this process."""
+        settings, step = trainer.config, trainer.step + 1
+        intervals = [settings.monitor.log_interval, settings.train.steps]
+        if self._sets and settings.train.validation_interval is not None:
+            intervals.append(settings.train.validation_interval)
+        self._is_measured = self._steps > 0 and any(step % interval == 0 for interval in intervals)
+        if self._is_measured:
+            trainer.ranges.add(self._clock)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Record the step if it is due."""
+        trainer.ranges.remove(self._clock)
+        self._steps += 1
+        if self._steps == 2:
+            self._seconds.clear()  # of the first step
         self._seconds.append(result.seconds)
         interval = trainer.config.train.validation_interval
         last = trainer.is_last_step
@@ -56,9 +81,15 @@ class Recorder(Callback):
         )
         if not (is_validated or last or result.step % trainer.config.monitor.log_interval == 0):
             return
-        average_s = sum(self._seconds) / len(self._seconds)
+        average_s, steps = sum(self._seconds) / len(self._seconds), len(self._seconds)
         self._seconds = []
         record, layers = step_record(trainer, result, average_s)
+        if self._steps > 1:
+            load = record["true_experts_per_token"] * (1.0 - record["dropped_share"])
+            record.update(self._speed.fields(record["tokens_per_second"], load))
+        if self._is_measured:
+            save_s = trainer.seconds["save_stall"] / steps
+            record.update(phase_fields(trainer, self._clock.take(), result.seconds, save_s))
         record.update({f"{name}_s": seconds for name, seconds in trainer.seconds.items() if seconds})
         trainer.seconds.clear()
         logger.info("%s", progress_line(trainer, record))

@@ -31,6 +31,7 @@ from adamoe_dist.training.checkpointing import CheckpointWriter, restore
 from adamoe_dist.training.corpora import Corpora
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.loop import Trainer
+from adamoe_dist.training.profiling import StepProfiler
 from adamoe_dist.training.recorder import Recorder
 from adamoe_dist.training.run_directory import (
     check_run_directory,
@@ -40,6 +41,7 @@ from adamoe_dist.training.run_directory import (
     keep_tokenizer,
 )
 from adamoe_dist.training.sampling import SampleWriter
+from adamoe_dist.training.speed import ModelSpeed
 from adamoe_dist.training.spikes import SpikeReporter
 from adamoe_dist.training.summary import Summary
 from adamoe_dist.training.task import Task
@@ -128,9 +130,15 @@ def _train_in_groups(
     built = build_model(config, resolved, corpora.tokenizer.vocab_size, dtype, platform.is_cuda(), expert_nodes)
     trained = choose_trained(built.model, config)
     engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
-    recorder = Recorder(corpora.validation)
+    speed = ModelSpeed.of(config, config.padded_vocab_size(corpora.tokenizer.vocab_size), resolved.world_size)
+    recorder = Recorder(corpora.validation, speed)
     writer = CheckpointWriter(config, corpora.tokenizer.fingerprint, dtype)
     callbacks: list[Callback] = []
+    profiler = (
+        StepProfiler(config.monitor.profile, config.run_dir / "profile") if config.monitor.profile.steps else None
+    )
+    if profiler is not None:
+        callbacks.append(profiler)  # first: nothing that follows a step is in its trace
     if launch.rank == 0:
         callbacks.append(Heartbeat(config.run_dir / "heartbeat.json", progress, config.train.steps))
     if config.monitor.spike_factor is not None:
@@ -152,6 +160,7 @@ def _train_in_groups(
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks, progress)
     _report_start(config, resolved, corpora, built)
+    logger.info("%s", speed.describe())
     if trained is not None:
         logger.info("%s", trained)
     restore(trainer, start)
@@ -164,6 +173,8 @@ def _train_in_groups(
         progress.end(exit_code_of(error))
         raise
     finally:
+        if profiler is not None:
+            profiler.close()
         writer.close()
         recorder.close()
         engine.close()

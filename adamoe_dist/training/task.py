@@ -11,6 +11,7 @@ from adamoe_dist.config import (
     check_pre_training,
     config_from_dict,
     load_config,
+    profile_steps_problem,
     read_values,
     schedule_problem,
 )
@@ -115,6 +116,8 @@ class FineTuning:
             steps = self._steps(config, samples, "anneal_epochs", settings.anneal_epochs, _FROM_EPOCHS[1])
             balance.anneal_steps = steps
         if config.checkpoint.resume == "none" and (problem := schedule_problem(config)):
+            raise UserError(problem)
+        if problem := profile_steps_problem(config):
             raise UserError(problem)
 
     def _steps(self, config: Config, samples: int, name: str, epochs: float, key: str) -> int:

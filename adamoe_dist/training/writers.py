@@ -22,7 +22,20 @@ TAGS = {
     "loss_spikes": "health/loss_spikes",
     "step_time_s": "speed/step_time_s",
     "tokens_per_second": "speed/tokens_per_second",
+    "model_flops_per_second": "speed/model_tflops_per_second",
+    "mfu": "speed/mfu",
     "memory_peak_gib": "speed/memory_peak_gib",
+    "time_data_s": "time/data_s",
+    "time_forward_s": "time/forward_s",
+    "time_routing_s": "time/routing_s",
+    "time_dispatch_s": "time/dispatch_s",
+    "time_experts_s": "time/experts_s",
+    "time_combine_s": "time/combine_s",
+    "time_backward_s": "time/backward_s",
+    "time_pipeline_s": "time/pipeline_s",
+    "time_optimizer_s": "time/optimizer_s",
+    "time_other_s": "time/other_s",
+    "time_save_s": "time/save_s",
     "save_stall_s": "checkpoint/stall_s",
     "save_write_s": "checkpoint/write_s",
     "saves_failed": "checkpoint/failed",
@@ -39,6 +52,9 @@ TAGS = {
     "dispatch_rows_undeduplicated": "dispatch/rows_undeduplicated",
     "dispatch_bytes": "dispatch/bytes",
 }
+
+SCALES = {"model_flops_per_second": 1e-12}
+"""Factors of metrics whose tag has another unit."""
 
 
 class JsonlWriter:
@@ -88,7 +104,7 @@ class TensorBoardWriter:
         step = int(record["step"])
         for name, tag in TAGS.items():
             if name in record:
-                self._writer.add_scalar(tag, record[name], step)
+                self._writer.add_scalar(tag, record[name] * SCALES.get(name, 1), step)
         for number, layer in enumerate(layers):
             self._writer.add_scalar(f"layers/true_experts_per_token/{number:02d}", layer.true_experts_per_token, step)
             self._writer.add_scalar(f"layers/null_share/{number:02d}", layer.null_share, step)

@@ -15,7 +15,10 @@ import pytest
 from tests.end_to_end.nursery import Nursery
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMES = {"step_time_s", "tokens_per_second", "memory_peak_gib", "save_stall_s", "save_write_s"}
+PHASES = ("data", "forward", "backward", "pipeline", "optimizer", "other")
+LAYER_PARTS = ("routing", "dispatch", "experts", "combine")
+TIMES = {"step_time_s", "tokens_per_second", "model_flops_per_second", "mfu", "memory_peak_gib"}
+TIMES |= {"save_stall_s", "save_write_s", *(f"time_{name}_s" for name in (*PHASES, *LAYER_PARTS, "save"))}
 
 
 @dataclass(frozen=True)

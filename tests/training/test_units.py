@@ -116,7 +116,9 @@ def test_every_metric_of_the_interface_has_a_tensorboard_tag() -> None:
         "null_share all_null_share dropped_share dispatch_rows dispatch_bytes dispatch_rows_undeduplicated "
         "dispatch_rows_same_rank dispatch_rows_same_node dispatch_rows_other_node "
         "expert_flops_saved target_load_error memory_peak_gib loss_scale skipped_steps bad_steps loss_spikes "
-        "save_stall_s save_write_s saves_failed "
+        "save_stall_s save_write_s saves_failed model_flops_per_second mfu "
+        "time_data_s time_forward_s time_routing_s time_dispatch_s time_experts_s time_combine_s time_backward_s "
+        "time_pipeline_s time_optimizer_s time_other_s time_save_s "
         "validation_loss validation_bits_per_byte"
     )
     assert set(promised.split()) == set(TAGS)
