@@ -153,9 +153,9 @@ def _train_in_groups(
     if config.monitor.spike_factor is not None:
         callbacks.append(SpikeReporter(config.monitor.spike_window, config.monitor.spike_factor))
     callbacks += [
+        bar,
         recorder,
         writer,
-        bar,
         SampleWriter(corpora.tokenizer, recorder),
         Summary(recorder),
     ]
