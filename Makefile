@@ -50,8 +50,8 @@ quickstart: .venv/.installed ## Train a small AdaMoE model on this Python's own 
 	fi
 	@ranks=$$($(BIN)/python -c 'import torch; print(min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2)'); \
 	resume=$$([ -d runs/quickstart/checkpoints ] && echo checkpoint.resume=auto || true); \
-	echo "== deepspeed --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml $$resume"; \
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml $$resume
+	echo "== deepspeed --quiet --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml $$resume"; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --quiet --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml $$resume
 
 test: .venv/.installed ## Run the tests (under 30 minutes on 2 cores)
 	@echo "== tests, without those marked slow"

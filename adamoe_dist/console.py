@@ -1,23 +1,44 @@
 """What command-line tools share: how a refusal is printed and how progress is shown."""
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
 from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
+_CLEAR_LINE = "\r\x1b[K"
+
 
 def fail(message: str) -> None:
     """Print ``error: message`` as one line on standard error."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    # A bar, maybe of another process, may stand on the terminal's last line.
+    start = _CLEAR_LINE if is_terminal(sys.stderr) else ""
+    print(f"{start}error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def say(message: str) -> None:
     """Print one line of a tool's result on standard output."""
     print(message, flush=True)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Tell whether a person looks at ``stream``, on a terminal that can go back to the start of a line."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+@contextlib.contextmanager
+def above_bars(stream: TextIO) -> Iterator[None]:
+    """Take progress bars away from the terminal while lines are written to ``stream``."""
+    if is_terminal(stream):
+        with tqdm.external_write_mode(file=stream):
+            yield
+    else:
+        yield
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -76,4 +97,21 @@ def progress(total: float | None, unit: str, description: str) -> "tqdm[NoReturn
         dynamic_ncols=interactive,
         ascii=not interactive,
         delay=delay,
+    )
+
+
+def step_bar(steps: int, done: int) -> "tqdm[NoReturn] | None":
+    """Return the bar of a training run, or None where its output is not read on a terminal.
+
+    What it says of the time is set with ``set_postfix_str``: tqdm itself would count the first steps like any other.
+    """
+    if not (is_terminal(sys.stdout) and is_terminal(sys.stderr)):
+        return None
+    return tqdm(
+        total=steps,
+        initial=done,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        leave=False,
+        bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}",
     )

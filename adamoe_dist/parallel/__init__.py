@@ -10,6 +10,7 @@ from adamoe_dist.parallel.groups import (
     destroy_groups,
     expert_group_name,
     initialize_groups,
+    nodes_of_ranks,
     replicas_group,
     stage_group,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "initialize_groups",
     "is_trained",
     "live_bytes",
+    "nodes_of_ranks",
     "parameter_groups",
     "replicas_group",
     "sigterm_as_exit",

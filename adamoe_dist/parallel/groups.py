@@ -82,6 +82,13 @@ def _expert_nodes(node: int, device: torch.device) -> tuple[int, ...]:
     return tuple(nodes_G.tolist())
 
 
+def nodes_of_ranks(launch: Launch, device: torch.device) -> tuple[int, ...]:
+    """Return the node of every rank. Collective over all ranks."""
+    nodes_R = torch.empty(launch.world_size, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(nodes_R, torch.tensor([launch.node], device=device))
+    return tuple(nodes_R.tolist())
+
+
 def register_expert_groups(layout: Layout) -> None:
     """Give DeepSpeed Megatron's expert groups: it has no way to ask for them, only these tables.
 

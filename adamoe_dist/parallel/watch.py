@@ -144,6 +144,8 @@ class _Watch:
         """Tell the others what ended this rank, and end it, with the cause that all agree on."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         departure = self._describe(error)
+        if departure.rank != 0 and departure.kind == SPOKEN and departure.details:  # rank 0 logs the verdict
+            logger.debug("error: %s\n%s", _line(departure), departure.details, extra={"is_own_error": True})
         self.link.report(departure)
         self._decided.wait(2 * SETTLE_S)
         verdict = self._verdict or departure

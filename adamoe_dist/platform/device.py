@@ -24,6 +24,8 @@ UNCONCERNED = (
 )
 """Warnings by which Megatron-core and DeepSpeed speak of their own affairs."""
 
+_UNCONCERNED_ON_CPU = ("When using .* set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",)
+
 
 def is_cuda() -> bool:
     """Tell whether training runs on CUDA devices."""
@@ -37,7 +39,7 @@ def prepare() -> None:
     it also names the CPU to DeepSpeed, keeps Megatron's decorated helpers from being compiled, installs the stand-ins
     of :mod:`adamoe_dist.platform.megatron_cpu`, and keeps freed memory (:func:`adamoe_dist.platform.host.keep_memory`).
     """
-    for unconcerned in UNCONCERNED:
+    for unconcerned in UNCONCERNED if is_cuda() else UNCONCERNED + _UNCONCERNED_ON_CPU:
         warnings.filterwarnings("ignore", message=unconcerned)
     if is_cuda():
         return
@@ -111,7 +113,8 @@ def device_name() -> str:
     """Return the device in words, for the start-up report."""
     if is_cuda():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads a rank"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} a rank"
 
 
 def limit_threads() -> None:

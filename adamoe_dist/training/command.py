@@ -10,6 +10,7 @@ from adamoe_dist.config import Config, resolve
 from adamoe_dist.console import ToolParser, fail, say
 from adamoe_dist.errors import EXIT_NUMERICAL_ERROR, EXIT_USER_ERROR, NumericalError, UserError
 from adamoe_dist.launcher import Launch
+from adamoe_dist.training.logs import Logs
 from adamoe_dist.training.task import FineTuning, PreTraining, Task
 
 DEFAULT_CONFIG = Path("configs/quickstart.yaml")
@@ -59,16 +60,17 @@ def _run(argv: list[str], task: Task, parser: ToolParser) -> int:
         return 0
     if options.dry_run:
         return _dry_run(config, task)
-    resolved = resolve(config, _world_size())
-    Launch.from_environment().require_address()
-    from adamoe_dist import platform
+    resolved, launch = resolve(config, _world_size()), Launch.from_environment()
+    launch.require_address()
+    with Logs(launch) as logs:
+        from adamoe_dist import platform
 
-    if config.run.deterministic:
-        platform.fix_order_of_sums()
-    platform.prepare()
-    from adamoe_dist.training.session import train
+        if config.run.deterministic:
+            platform.fix_order_of_sums()
+        platform.prepare()
+        from adamoe_dist.training.session import train
 
-    return train(config, resolved, task)
+        return train(config, resolved, task, logs)
 
 
 def _dry_run(config: Config, task: Task) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from adamoe_dist.data import Dataset
 from adamoe_dist.timing import PhaseClock
 from adamoe_dist.training.callback import Callback, StepResult
+from adamoe_dist.training.display import Pace, progress_line
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.metrics import LayerRecord, Record, step_record
 from adamoe_dist.training.phases import phase_fields
@@ -28,6 +29,7 @@ class Recorder(Callback):
         last_validation: the latest.
         last_record: the latest metrics of a step.
         tensorboard: its writer, on rank 0 where it is on.
+        pace: of the steps so far.
     """
 
     def __init__(self, validation_sets: Sequence[Dataset], speed: ModelSpeed) -> None:
@@ -35,6 +37,7 @@ class Recorder(Callback):
         self.last_validation: Validation | None = None
         self.last_record: Record = {}
         self.tensorboard: TensorBoardWriter | None = None
+        self.pace = Pace()
         self._sets = validation_sets
         self._jsonl: JsonlWriter | None = None
         self._seconds: list[float] = []
@@ -67,6 +70,7 @@ class Recorder(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Record the step if it is due."""
+        self.pace.note(result.seconds)
         trainer.ranges.remove(self._clock)
         self._steps += 1
         if self._steps == 2:
@@ -92,7 +96,8 @@ class Recorder(Callback):
             record.update(phase_fields(trainer, self._clock.take(), result.seconds, save_s))
         record.update({f"{name}_s": seconds for name, seconds in trainer.seconds.items() if seconds})
         trainer.seconds.clear()
-        logger.info("%s", progress_line(trainer, record))
+        line = progress_line(trainer, record, self.pace)
+        logger.info("%s", line, extra={"fitted": line.fitted})
         if is_validated:
             record.update(_validation_fields(self._validate(trainer)))
         self.last_record = record
@@ -131,23 +136,3 @@ class Recorder(Callback):
 
 def _validation_fields(validation: Validation) -> Record:
     return {"validation_loss": validation.loss, "validation_bits_per_byte": validation.bits_per_byte}
-
-
-def progress_line(trainer: Trainer, record: Record) -> str:
-    """Return the line that people read for one logged step, with the time left."""
-    left_s = (trainer.config.train.steps - trainer.step) * record["step_time_s"]
-    return (
-        f"step {record['step']}/{trainer.config.train.steps} | loss {record['lm_loss']:.4f} | "
-        f"balance {record['balance_loss']:.4f} | norm {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
-        f"load {record['true_experts_per_token']:.2f} (null {record['null_share']:.0%}, "
-        f"all-null {record['all_null_share']:.0%}) | rows {record['dispatch_rows']}"
-        f"/{record['dispatch_rows_undeduplicated']} | {record['tokens_per_second']:.0f} tok/s | "
-        f"{record['step_time_s']:.2f} s/step | left {duration(left_s)}"
-    )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

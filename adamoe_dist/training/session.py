@@ -1,8 +1,7 @@
 """One training run from its configuration to its exit code: check, build, restore, train."""
 
 import logging
-import sys
-from pathlib import Path
+import traceback
 
 import torch
 
@@ -11,8 +10,8 @@ from adamoe_dist.checkpoint import Start, check_compatible, find_start, notes_on
 from adamoe_dist.config import Config, Resolved, is_allowed, schedule_problem
 from adamoe_dist.data import BatchStream
 from adamoe_dist.dispatch import check_flex
-from adamoe_dist.errors import UserError, exit_code_of
-from adamoe_dist.model import BuiltModel, build_model, choose_trained
+from adamoe_dist.errors import NumericalError, UserError, exit_code_of
+from adamoe_dist.model import build_model, choose_trained
 from adamoe_dist.parallel import (
     Launch,
     Progress,
@@ -22,14 +21,16 @@ from adamoe_dist.parallel import (
     data_parallel_rank,
     destroy_groups,
     initialize_groups,
+    nodes_of_ranks,
     sigterm_as_exit,
     watch_ranks,
 )
-from adamoe_dist.planning import describe_run
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.checkpointing import CheckpointWriter, restore
 from adamoe_dist.training.corpora import Corpora
+from adamoe_dist.training.display import ProgressBar
 from adamoe_dist.training.heartbeat import Heartbeat
+from adamoe_dist.training.logs import Logs
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.profiling import StepProfiler
 from adamoe_dist.training.recorder import Recorder
@@ -37,12 +38,12 @@ from adamoe_dist.training.run_directory import (
     check_run_directory,
     checkpoint_root,
     create_run_directory,
-    environment,
     keep_tokenizer,
 )
 from adamoe_dist.training.sampling import SampleWriter
 from adamoe_dist.training.speed import ModelSpeed
 from adamoe_dist.training.spikes import SpikeReporter
+from adamoe_dist.training.startup import start_report
 from adamoe_dist.training.summary import Summary
 from adamoe_dist.training.task import Task
 
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: Config, resolved: Resolved, task: Task) -> int:
+def train(config: Config, resolved: Resolved, task: Task, logs: Logs) -> int:
     """Train and return the exit code.
 
     Rank 0 checks files and prepares missing data while the others wait for it to open the process group, so that a
@@ -61,23 +62,38 @@ def train(config: Config, resolved: Resolved, task: Task) -> int:
         UserError: something that the run needs is missing or does not fit.
         NumericalError: the loss or the gradient became NaN or infinite.
     """
+    logs.take_over_libraries()
     launch = Launch.from_environment()
-    _log_to_console(launch)
     check_port(launch)
     code, progress = 0, Progress()
     try:
         with watch_ranks(launch, progress, config.monitor.hang_timeout_s):
-            start = _check_before_groups(config, resolved, task) if launch.rank == 0 else None
+            start = _check_before_groups(config, resolved, task, logs) if launch.rank == 0 else None
             platform.limit_threads()
             expert_nodes = initialize_groups(launch, resolved)
             with sigterm_as_exit():
-                code = _train_in_groups(config, resolved, launch, task, _from_rank_0(start), expert_nodes, progress)
+                start = _from_rank_0(start)
+                if launch.rank != 0:
+                    logs.open_file(config.run_dir)
+                logs.take_over_libraries()
+                code = _train_in_groups(config, resolved, launch, task, start, expert_nodes, progress)
+    except Exception as error:  # of the only rank: of several, none leaves the watch
+        _keep(error)
+        raise
     finally:
         destroy_groups()
     return code
 
 
-def _check_before_groups(config: Config, resolved: Resolved, task: Task) -> Start | None:
+def _keep(error: Exception) -> None:
+    """Write what ends the run to the log file, a bug with its traceback; the console has it from elsewhere."""
+    if isinstance(error, UserError | NumericalError):
+        logger.debug("error: %s", error)
+    else:
+        logger.debug("error: %s", "".join(traceback.format_exception(error)))
+
+
+def _check_before_groups(config: Config, resolved: Resolved, task: Task, logs: Logs) -> Start | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
     check_run_directory(config)
     platform.compute_precision(config.train.precision)
@@ -91,7 +107,7 @@ def _check_before_groups(config: Config, resolved: Resolved, task: Task) -> Star
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     keep_tokenizer(config, corpora.tokenizer)
-    _log_to_file(config.run_dir / "log.txt")
+    logs.open_file(config.run_dir)
     for note in notes:
         logger.info("%s", note)
     return start
@@ -132,6 +148,7 @@ def _train_in_groups(
     engine = TrainingEngine(built.model, config, resolved, dtype, config.moe.num_experts)
     speed = ModelSpeed.of(config, config.padded_vocab_size(corpora.tokenizer.vocab_size), resolved.world_size)
     recorder = Recorder(corpora.validation, speed)
+    bar = ProgressBar(recorder.pace)
     writer = CheckpointWriter(config, corpora.tokenizer.fingerprint, dtype)
     callbacks: list[Callback] = []
     profiler = (
@@ -144,6 +161,7 @@ def _train_in_groups(
     if config.monitor.spike_factor is not None:
         callbacks.append(SpikeReporter(config.monitor.spike_window, config.monitor.spike_factor))
     callbacks += [
+        bar,
         recorder,
         writer,
         SampleWriter(corpora.tokenizer, recorder),
@@ -159,8 +177,9 @@ def _train_in_groups(
     )
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks, progress)
-    _report_start(config, resolved, corpora, built)
-    logger.info("%s", speed.describe())
+    nodes = nodes_of_ranks(launch, device)
+    for line in start_report(config, resolved, corpora, built, nodes, speed):
+        logger.info("%s", line)
     if trained is not None:
         logger.info("%s", trained)
     restore(trainer, start)
@@ -175,6 +194,7 @@ def _train_in_groups(
     finally:
         if profiler is not None:
             profiler.close()
+        bar.close()
         writer.close()
         recorder.close()
         engine.close()
@@ -182,38 +202,3 @@ def _train_in_groups(
 
 def _dtype(config: Config) -> torch.dtype:
     return PRECISIONS[platform.compute_precision(config.train.precision)]
-
-
-def _report_start(config: Config, resolved: Resolved, corpora: Corpora, built: BuiltModel) -> None:
-    packages = environment()["packages"]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    logger.info("run %s in %s", config.run.name, config.run_dir)
-    logger.info("versions: %s", versions)
-    logger.info("device: %s, collectives: %s", platform.device_name(), platform.communication_backend())
-    logger.info("experts kernel: %s (%s)", built.experts_kernel, built.kernel_reason)
-    if config.zero.stage == 3:
-        logger.info("ZeRO stage 3 is experimental here: compare the first losses with stage 2")
-    logger.info("optimizer: %s, %s (%s)", config.optimizer.type, *choose_implementation(config))
-    vocabulary = config.padded_vocab_size(corpora.tokenizer.vocab_size)
-    precision = platform.compute_precision(config.train.precision)
-    for line in describe_run(config, resolved, vocabulary, precision, not platform.is_cuda()):
-        logger.info("%s", line)
-
-
-def _log_to_console(launch: Launch) -> None:
-    """Rank 0 shows its log; the others, and the libraries, show warnings only. The log file gets more: tracebacks."""
-    handler = logging.StreamHandler(sys.stdout if launch.rank == 0 else sys.stderr)
-    handler.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    package = logging.getLogger("adamoe_dist")
-    package.handlers = [handler]
-    package.propagate = False
-    package.setLevel(logging.DEBUG)
-    for library in ("DeepSpeed", "megatron.core", "torch.distributed"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def _log_to_file(path: Path) -> None:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger("adamoe_dist").addHandler(handler)

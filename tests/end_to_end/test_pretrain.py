@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adamoe_dist.training import pretrain
 from tests.end_to_end.conftest import (
     REPOSITORY,
     Finished,
@@ -102,6 +103,10 @@ def test_tensorboard_holds_the_same_numbers(unbroken) -> None:
 def test_a_person_reads_the_result_at_the_end(unbroken) -> None:
     lines = [line for line in unbroken[1].stdout.splitlines() if not line.startswith("[")]
     assert any(line.startswith("step 5/40 | loss ") and " left " in line for line in lines)
+    report = lines.index("run adamoe in runs/unbroken")
+    facts = [line.strip().partition(": ")[0] for line in lines[report + 1 :] if line.startswith("  ")]
+    assert facts[:6] == ["versions", "device", "kernels", "ranks", "places", "batch"]
+    assert facts[-2:] == ["data", "checkpoints"] and len(facts) == len(set(facts))
     tail = "\n".join(lines[-8:])
     for expected in (
         "validation loss:",
@@ -113,6 +118,27 @@ def test_a_person_reads_the_result_at_the_end(unbroken) -> None:
     ):
         assert expected in tail
     assert "sample, continuing 'def '" in unbroken[1].stdout
+
+
+def test_output_that_no_terminal_reads_is_plain_lines(unbroken) -> None:
+    run_dir, done = unbroken
+    shown = done.stdout + done.stderr
+    assert not {"\r", "\x1b", "\u2588"} & set(shown + (run_dir / "log.txt").read_text())
+    assert "warning of" not in shown and "Warning" not in shown
+    assert not (run_dir / "logs").exists(), "rank 1 had nothing to say"
+
+
+def test_a_bug_leaves_its_traceback_in_the_log(workspace, monkeypatch) -> None:
+    """Also of a run of one process, which nobody watches."""
+    monkeypatch.chdir(workspace)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # put back afterwards; a run sets them
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("adamoe_dist.data.BatchStream.next_step", lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(["--config", "small.yaml", "run.dir=runs/bug", "data.validation=[]"])
+    log = (workspace / "runs" / "bug" / "log.txt").read_text()
+    assert "Traceback" in log and "ZeroDivisionError" in log
 
 
 def test_resume_gives_the_same_metrics_bit_for_bit(workspace, unbroken) -> None:

@@ -152,6 +152,10 @@ def test_an_exception_on_one_rank(start, tmp_path: Path, launcher: str, world_si
     assert done.stderr.count("raise ZeroDivisionError") == 1, "one traceback"
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"rank {victim} on" in log and "Traceback" in log and "in next_step" in log
+    if victim:
+        own = (tmp_path / "run" / "logs" / f"rank_{victim:04d}.txt").read_text()
+        assert "raise ZeroDivisionError" in own
+        assert len(list((tmp_path / "run" / "logs").iterdir())) == 1, "the others only lost a connection"
 
 
 def test_a_refusal_on_one_rank_keeps_its_exit_code(start, tmp_path: Path) -> None:

@@ -103,14 +103,14 @@ MEASURED = [
     (1, "fp32", False, "none", 512, 513, 724),
     (1, "fp32", False, "selective", 512, 513, 703),
     (1, "fp32", False, "full", 512, 513, 607),
-    (0, "bf16", False, "none", 64, 648, None),
-    (1, "bf16", False, "none", 64, 504, None),
-    (2, "bf16", False, "none", 64, 360, None),
-    (3, "bf16", False, "none", 64, 333, None),
-    (2, "bf16", True, "none", 64, 484, None),
+    (0, "bf16", False, "none", 64, 648, 729),
+    (1, "bf16", False, "none", 64, 504, 620),
+    (2, "bf16", False, "none", 64, 360, 467),
+    (3, "bf16", False, "none", 64, 333, 446),
+    (2, "bf16", True, "none", 64, 484, 591),
 ]
-"""docs/results.md, "Memory by ZeRO stage": live state and peak in MiB. Peaks in bf16 hold 200 MiB on a CPU that no
-tensor accounts for."""
+"""docs/results.md, "Memory by ZeRO stage": live state and peak in MiB. Peaks in bf16 are those with
+ONEDNN_MAX_CPU_ISA=AVX512_CORE: oneDNN's own bf16 kernels, compiled for each shape and kept, are no tensors."""
 
 
 @pytest.mark.parametrize(("stage", "precision", "offload", "recompute", "length", "state", "peak"), MEASURED)
@@ -134,5 +134,5 @@ def test_memory_of_measured_runs(stage, precision, offload, recompute, length, s
     plan = make_plan(config, cluster, Assumptions.of(DEVICES["cpu"]), 8192)
     held = plan.memory.state
     assert (held.total + held.host) / MIB == pytest.approx(state, rel=0.10)
-    if peak is not None:
-        assert plan.memory_gib * 1024 + held.host / MIB == pytest.approx(peak, rel=0.10)
+    band = 0.12 if precision == "bf16" else 0.10
+    assert plan.memory_gib * 1024 + held.host / MIB == pytest.approx(peak, rel=band)

@@ -6,7 +6,7 @@ import pytest
 from adamoe_dist.config import config_from_dict
 from adamoe_dist.errors import UserError
 from adamoe_dist.parallel import optimizer as optimizer_module
-from adamoe_dist.training.recorder import duration
+from adamoe_dist.training.display import duration
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
 from adamoe_dist.training.writers import JsonlWriter
 
