@@ -56,7 +56,7 @@ class HeatMap:
         cells_YX3 = _cells(self.shades(values_RC), cell_x, cell_y)
         height, width = cells_YX3.shape[:2]
         bottom = top + height
-        size = (max(left + width + 12, left + int(font.getlength(self.title)), left + 300), bottom + 5 * FONT_SIZE + 14)
+        size = (max(left + width + 12, left + int(font.getlength(self.title)), left + 330), bottom + 5 * FONT_SIZE + 14)
         picture = Image.new("RGB", size, PAGE)
         picture.paste(Image.fromarray(cells_YX3), (left, top))
         draw = ImageDraw.Draw(picture)

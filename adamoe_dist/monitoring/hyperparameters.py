@@ -4,7 +4,7 @@ import time
 import typing
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
@@ -75,9 +75,8 @@ def session_end() -> Summary:
 
 def _summary(tag: str, **content: Any) -> Summary:
     """Return the form of all of the page's data: the description of a series that has no values."""
-    data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))])
+    described = metadata.create_summary_metadata(HParamsPluginData(**content))
+    return Summary(value=[Summary.Value(tag=tag, metadata=described, tensor=metadata.NULL_TENSOR)])
 
 
 def _data_type(kind: Any) -> Any:
