@@ -83,20 +83,21 @@ def histograms(counts: RoutingCounts) -> list[Summary.Value]:
 
 
 def _histogram(tag: str, tokens_C: Array) -> Summary.Value:
-    """Return the counts as they are: a bucket around each number. The ends are those of the buckets that have tokens.
+    """Return the counts as they are: a bucket around each number, from the first to the last that has tokens.
 
     TensorBoard takes the smallest and the largest value for the ends of the outermost buckets.
     """
     numbers_C = np.arange(len(tokens_C))
     found = np.nonzero(tokens_C)[0]
+    kept = slice(found[0], found[-1] + 1)
     histogram = HistogramProto(
         min=found[0] - 0.5,
         max=found[-1] + 0.5,
         num=tokens_C.sum(),
         sum=(numbers_C * tokens_C).sum(),
         sum_squares=(numbers_C**2 * tokens_C).sum(),
-        bucket_limit=numbers_C + 0.5,
-        bucket=tokens_C,
+        bucket_limit=numbers_C[kept] + 0.5,
+        bucket=tokens_C[kept],
     )
     return Summary.Value(tag=tag, histo=histogram)
 

@@ -30,6 +30,7 @@ def test_histograms_are_the_counts() -> None:
         "layers/true_experts_of_tokens/03",
     ], "a layer that saw no token has none"
     assert buckets(values["layers/true_experts_of_tokens/01"]) == {1: 5, 2: 7}
+    assert list(values["layers/true_experts_of_tokens/01"].histo.bucket) == [5, 7], "the ends are not empty"
     assert buckets(values["layers/true_experts_of_tokens/03"]) == {0: 2**40, 1: 1, 2: 0, 3: 3}
     overall = values["routing/true_experts_of_tokens"].histo
     assert list(overall.bucket) == [2**40, 6, 7, 3]

@@ -18,7 +18,7 @@ from adamoe_dist.training.writers import TAGS, scalars_of
 from tests.config.test_keys import PACKAGE
 
 TABLE = (PACKAGE.parent / "docs" / "monitoring.md").read_text(encoding="utf-8")
-EXPLAINED = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \|$", TABLE, re.MULTILINE)
+EXPLAINED = re.findall(r"^\| `([^`.]+)` \| ([^|]+) \| ([^|]+) \|$", TABLE, re.MULTILINE)
 PATTERNS = [re.compile(tag) for charts in QUESTIONS.values() for tags in charts.values() for tag in tags]
 
 
