@@ -60,7 +60,7 @@ class HeatMap:
         picture = Image.new("RGB", size, PAGE)
         picture.paste(Image.fromarray(cells_YX3), (left, top))
         draw = ImageDraw.Draw(picture)
-        draw.text((left, 6), self.title, fill=INK, font=font, stroke_width=0.4)
+        draw.text((left, 6), self.title, fill=INK, font=font)
         draw.text((left - 8, top - 4), self.row_axis, fill=INK, font=font, anchor="rs")
         for place, label in _shown(self.rows, cell_y, FONT_SIZE + 1):
             draw.text((left - 8, top + (place + 0.5) * cell_y), label, fill=INK, font=font, anchor="rm")

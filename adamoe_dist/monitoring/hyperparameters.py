@@ -24,6 +24,16 @@ FREE_BUT_SHOWN = ("train.steps", "train.micro_batch_size", "train.precision", "t
 """Keys that do not change a run's numbers, or only by rounding, and that runs are told apart by all the same."""
 
 
+FIRST = (
+    "model.hidden_size",
+    "moe.num_experts",
+    "moe.num_null_experts",
+    "moe.top_k",
+    "optimizer.learning_rate",
+)
+"""The columns that are shown until others are ticked."""
+
+
 def hyperparameter_types() -> dict[str, "api_pb2.DataType"]:
     """Return the keys that the page shows and the type of each.
 
@@ -53,7 +63,13 @@ def hyperparameters(config: Config) -> dict[str, Value]:
 
 def session_start(config: Config) -> list[Summary]:
     """Return what says which hyper-parameters and metrics there are, and the values of this run."""
-    infos = [api_pb2.HParamInfo(name=path, type=kind) for path, kind in hyperparameter_types().items()]
+    kinds = {path: kind for path, _, kind in leaves(Config)}
+    infos = []
+    for path, data_type in hyperparameter_types().items():
+        info = api_pb2.HParamInfo(name=path, type=data_type, differs=path in FIRST)  # those that differ come first
+        if data_type != _NUMBER:
+            info.domain_discrete.extend(_choices(kinds[path]))
+        infos.append(info)
     metrics = [
         api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=title) for tag, title in METRICS.items()
     ]
@@ -77,6 +93,14 @@ def _summary(tag: str, **content: Any) -> Summary:
     """Return the form of all of the page's data: the description of a series that has no values."""
     described = metadata.create_summary_metadata(HParamsPluginData(**content))
     return Summary(value=[Summary.Value(tag=tag, metadata=described, tensor=metadata.NULL_TENSOR)])
+
+
+def _choices(kind: Any) -> list[bool | str]:
+    """Return all values of a declared key, or nothing where there is no end of them: then the page has no filter."""
+    if kind is bool:
+        return [False, True]
+    choices = typing.get_args(kind)
+    return list(choices) if all(isinstance(choice, str) for choice in choices) else []
 
 
 def _data_type(kind: Any) -> Any:

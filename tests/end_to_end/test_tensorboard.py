@@ -172,7 +172,7 @@ def test_heat_maps_are_pictures(server) -> None:
 
 
 def test_samples_are_texts(server) -> None:
-    assert server.tags("text") == {"watched/tensorboard": ["sample/text_summary"], "plain/tensorboard": []}
+    assert server.tags("text") == {"watched/tensorboard": ["sample/text_summary"]}
     texts = server.get("data/plugin/text/text?tag=sample/text_summary&run=watched/tensorboard")
     assert [text["step"] for text in texts] == [3, 6, 9, 12]
     assert all("def" in text["text"] and "<pre>" in text["text"] for text in texts)
@@ -202,8 +202,8 @@ def test_the_first_page_asks_four_questions_and_its_charts_have_data(server) -> 
             for tag in chart["multiline"]["tag"]:
                 query = urllib.parse.urlencode({"tag": tag, "run": "plain/tensorboard"})
                 answer = server.get(f"data/plugin/custom_scalars/scalars?{query}")
-                assert answer["regexValid"]
-                filled += bool(answer["tagToEvents"])
+                assert answer["regex_valid"]
+                filled += bool(answer["tag_to_events"])
         assert filled >= 3, category["title"]
 
 
@@ -222,7 +222,7 @@ def test_every_tag_that_is_written_is_explained(server) -> None:
     plugins = ("scalars", "images", "histograms", "text")
     written = {tag for plugin in plugins for tag in server.tags(plugin)["watched/tensorboard"]}
     tags = {re.sub(r"/\d\d$", "/NN", tag.removesuffix("/text_summary")) for tag in written}
-    assert tags <= explained and len(tags) > 40
+    assert tags <= explained and len(tags) >= 40
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +246,17 @@ def test_the_first_page_in_a_browser(server, browser) -> None:
     browser.visit(f"{server.address}/#custom_scalars")
     texts = seen(browser, TEXTS, lambda texts: set(QUESTIONS) <= set(texts))
     assert [text for text in texts if text in QUESTIONS] == list(QUESTIONS)
-    lines = "const walk = (n) => [...(n.shadowRoot ? walk(n.shadowRoot) : []), ...(n.tagName === 'CANVAS' ? [n] : []),"
-    lines += "...Array.from(n.children || []).flatMap(walk)]; return walk(document.body).length"
-    seen(browser, lines, lambda number: number >= 3)
-    time.sleep(2)
-    picture = browser.screenshot()
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 30
+    assert set(QUESTIONS["Is it learning?"]) <= set(texts)
+
+    def lines() -> int:
+        """Coloured picture elements right of the list of runs and below the page's head."""
+        part = browser.screenshot()[120:, 320:].astype(int)
+        return int((part.max(axis=2) - part.min(axis=2) > 100).sum())
+
+    end = time.monotonic() + 60
+    while lines() < 1000:
+        assert time.monotonic() < end, "no lines are drawn"
+        time.sleep(0.5)
 
 
 def test_the_heat_maps_in_a_browser(server, browser) -> None:
