@@ -73,7 +73,7 @@ class Recorder(Callback):
             self._validate(trainer)
         if self._jsonl:
             self._jsonl.close()
-        if self.board:
+        if self.board and trainer.stop_signal is None:
             self.board.finish()
 
     def close(self) -> None:

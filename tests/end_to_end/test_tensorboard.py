@@ -112,10 +112,16 @@ def server(board, tmp_path_factory):
 
 
 def test_what_is_watched_leaves_the_training_as_it_is(board) -> None:
-    """Samples, pictures and CSV files: the same numbers, and the same generators in the last checkpoint."""
+    """Samples, pictures and CSV files: the same numbers, and the same weights, moments and random states at the end."""
     watched, plain = metrics_of(board / "watched"), metrics_of(board / "plain")
     assert [record["step"] for record in watched] == [0, 2, 4, 6, 8, 10, 12]
     assert watched == plain
+    last = Path("checkpoints") / f"iter_{STEPS:07d}"
+    files = [path.name for path in (board / "plain" / last).iterdir()]
+    content = [name for name in files if name.endswith(".distcp") or name in ("common.pt", "state.json")]
+    assert len(content) == 4
+    for name in content:
+        assert (board / "watched" / last / name).read_bytes() == (board / "plain" / last / name).read_bytes(), name
 
 
 def test_scalars_are_the_metrics(server, board) -> None:
