@@ -20,7 +20,8 @@ QUESTIONS: dict[str, Charts] = {
     "Is it fast?": {
         "tokens a second": ("speed/tokens_per_second",),
         "seconds a step": ("speed/step_time_s",),
-        "seconds a step, by phase": ("time/.*_s",),
+        "seconds a step, by phase": ("time/(data|forward|backward|pipeline|optimizer|other|save)_s",),
+        "seconds of the forward pass in MoE layers": ("time/(routing|dispatch|experts|combine)_s",),
         "model FLOPs utilization": ("speed/mfu",),
         "model TFLOP/s": ("speed/model_tflops_per_second",),
         "peak memory, GiB": ("speed/memory_peak_gib",),
