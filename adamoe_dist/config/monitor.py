@@ -21,13 +21,33 @@ class ProfileConfig:
 
 
 @dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases, by DeepSpeed's writer."""
+
+    project: str | None = key(None, "Project that the run's scalars are sent to; needs the package wandb. null: off.")
+    group: str | None = key(None, "Group that the run belongs to in that project.")
+    team: str | None = key(None, "Account or team whose project it is; null: the default of whoever is logged in.")
+
+
+@dataclass(kw_only=True)
 class MonitorConfig:
     """Metrics and logs."""
 
     log_interval: int = key(10, "Steps between two lines of metrics.", at_least=1)
     tensorboard: bool = key(True, "Write TensorBoard files to <run.dir>/tensorboard.")
+    image_interval: int | None = key(
+        100,
+        "Steps between two sets of heat maps and histograms in TensorBoard, each at the first line of metrics that is "
+        "due; also at the first and last. null: none.",
+        at_least=1,
+    )
+    csv: bool = key(False, "Write the same scalars to <run.dir>/csv, a file each.")
+    wandb: WandbConfig = section(WandbConfig, "Weights & Biases.")
     sample_prompt: str = key("def ", "Text that the model continues at the end of the run.")
     sample_tokens: int = key(0, "Tokens of that sample (0: none).", at_least=0)
+    sample_interval: int | None = key(
+        None, "Steps between two samples, in the log and in TensorBoard; null: only at the end.", at_least=1
+    )
     spike_window: int = key(
         100, "Losses before a step, at most, whose mean and deviation tell whether its own is a spike.", at_least=2
     )

@@ -31,6 +31,8 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_optimization.reduce_scatter": "nothing: expert gradients need it on",
     "zero_optimization.contiguous_gradients": "nothing: expert gradients need it on",
     "tensorboard": "monitor.tensorboard",
+    "csv_monitor": "monitor.csv",
+    "wandb": "monitor.wandb",
     "steps_per_print": "monitor.log_interval",
 }
 
@@ -79,6 +81,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
     problems = model_problems(config)
     _check_data(config, problems)
     _check_training(config, problems)
+    _check_monitor(config, problems)
     _check_deepspeed(config, problems)
     check_finetune(config, problems)
     check_profile(config, world_size, problems)
@@ -302,6 +305,22 @@ def _check_optimizer(config: Config, problems: list[str]) -> None:
         problems.append(f"{name} updates on CUDA and zero.offload_optimizer=True on the CPU; use auto or torch")
     if not is_offloaded and implementation == "deepspeed_cpu":
         problems.append(f"{name} is for an offloaded optimizer; set zero.offload_optimizer=true or use auto")
+
+
+def _check_monitor(config: Config, problems: list[str]) -> None:
+    monitor, wandb = config.monitor, config.monitor.wandb
+    if monitor.sample_interval is not None and monitor.sample_tokens == 0:
+        problems.append(
+            f"monitor.sample_interval={monitor.sample_interval} does nothing with monitor.sample_tokens=0; set both or "
+            "neither"
+        )
+    if wandb.project == "":
+        problems.append("monitor.wandb.project is empty; give a name, or null for none")
+    for name in ("group", "team"):
+        if wandb.project is None and (value := getattr(wandb, name)) is not None:
+            problems.append(
+                f"monitor.wandb.{name}={value} does nothing without monitor.wandb.project; set both or neither"
+            )
 
 
 def _check_deepspeed(config: Config, problems: list[str]) -> None:

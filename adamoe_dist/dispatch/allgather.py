@@ -35,13 +35,13 @@ class AllGatherDispatcher(CountingDispatcher):
         packed_SB = everyone_SGB[:, self.placement.here].contiguous()
         (sizes,) = packed_sizes(packed_SB.unsqueeze(0))
         self._plan = plan_locally(packed_SB, self.num_local_experts, sizes)
-        tokens, others = hidden_TH.shape[0], self.ep_size - 1
-        metadata = mine_GTB.numel() * others
-        weights = tokens * routing_map.shape[1] * probs.element_size() * others
-        self.last_count = DispatchCount(
-            *self.placement.by_distance([tokens] * self.ep_size),
-            rows_undeduplicated=self.placement.remote(pairs_per_rank(routing_map, self.ep_size)),
-            bytes=tokens * self._row_bytes(hidden_TH) * others + weights + metadata,
+        tokens = hidden_TH.shape[0]
+        token_bytes = self._row_bytes(hidden_TH) + routing_map.shape[1] * probs.element_size()
+        self.last_count = DispatchCount.of(
+            self.placement,
+            rows_G=[tokens] * self.ep_size,
+            pairs_G=pairs_per_rank(routing_map, self.ep_size),
+            bytes_G=[tokens * token_bytes + mine_GTB.numel()] * self.ep_size,
         )
         return hidden_TH, probs
 

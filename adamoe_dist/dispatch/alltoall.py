@@ -71,8 +71,9 @@ class AllToAllDispatcher(CountingDispatcher):
         computed = joined(self._received, *self._received_by_others)
         self._receive = plan_receiving(computed_XGTB.flatten(0, 1), self.num_local_experts, computed)
         weights_P = probs.reshape(-1).index_select(0, self._send.pair_weight_P)
-        metadata = outgoing_GTB[0].numel() * (self.ep_size - 1) + incoming_GTB.numel() * (self.tp_size - 1)
-        self.last_count = self._count(self._row_bytes(hidden_TH), weights_P.element_size(), metadata)
+        self.last_count = self._count(
+            self._row_bytes(hidden_TH), weights_P.element_size(), metadata=outgoing_GTB[0].numel()
+        )
         return take_rows(hidden_TH, self._row_token()), weights_P
 
     def token_dispatch(
@@ -140,11 +141,9 @@ class AllToAllDispatcher(CountingDispatcher):
         return self._receive.pair_row_P if self.deduplicate else self._receive.pair_position_P
 
     def _count(self, row_bytes: int, weight_bytes: int, metadata: int) -> DispatchCount:
-        rows_per_rank = self._rows(self._sent)
-        remote_rows = self.placement.remote(rows_per_rank)
-        remote_pairs = self.placement.remote(self._sent.pairs_per_rank)
-        return DispatchCount(
-            *self.placement.by_distance(rows_per_rank),
-            rows_undeduplicated=remote_pairs,
-            bytes=remote_rows * row_bytes + remote_pairs * weight_bytes + metadata,
-        )
+        """Count what is sent; ``metadata`` is the bytes of routing bits to each rank, copied as rows are."""
+        rows_G, pairs_G = self._rows(self._sent), self._sent.pairs_per_rank
+        bytes_G = [
+            rows * row_bytes + pairs * weight_bytes + metadata for rows, pairs in zip(rows_G, pairs_G, strict=True)
+        ]
+        return DispatchCount.of(self.placement, rows_G, pairs_G, bytes_G)

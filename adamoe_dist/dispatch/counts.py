@@ -10,6 +10,9 @@ from torch import Tensor
 Count = int | Tensor
 """A number on the host, or a 0-d tensor where knowing it would mean waiting for the device."""
 
+PerRank = Sequence[int] | Tensor
+"""A number for each rank of the expert-parallel group (G,)."""
+
 SAME_RANK, SAME_NODE, OTHER_NODE = range(3)
 
 
@@ -25,19 +28,32 @@ class DispatchCount:
         rows_same_node: Hidden vectors sent to other ranks of the sender's node.
         rows_other_node: Hidden vectors sent to other nodes.
         rows_undeduplicated: Hidden vectors to other ranks that one row per (token, true expert) would have been.
-        bytes: To other ranks: the rows, their combine weights and the routing bits.
+        bytes_same_node: To other ranks of the sender's node: the rows, their combine weights and the routing bits.
+        bytes_other_node: To other nodes, the same.
     """
 
     rows_same_rank: Count = 0
     rows_same_node: Count = 0
     rows_other_node: Count = 0
     rows_undeduplicated: Count = 0
-    bytes: Count = 0
+    bytes_same_node: Count = 0
+    bytes_other_node: Count = 0
+
+    @classmethod
+    def of(cls, placement: "Placement", rows_G: "PerRank", pairs_G: "PerRank", bytes_G: "PerRank") -> "DispatchCount":
+        """Count by distance what goes to each rank G: rows, pairs (token, true expert), and bytes in all."""
+        _, bytes_same_node, bytes_other_node = placement.by_distance(bytes_G)
+        return cls(*placement.by_distance(rows_G), placement.remote(pairs_G), bytes_same_node, bytes_other_node)
 
     @property
     def rows(self) -> Count:
         """Hidden vectors sent to *other* ranks."""
         return self.rows_same_node + self.rows_other_node
+
+    @property
+    def bytes(self) -> Count:
+        """Bytes sent to *other* ranks."""
+        return self.bytes_same_node + self.bytes_other_node
 
 
 class Placement:
@@ -82,7 +98,7 @@ class Placement:
         """G, the size of the expert-parallel group."""
         return len(self.hops_DG[0])
 
-    def by_distance(self, per_rank_G: Sequence[int] | Tensor) -> tuple[Count, Count, Count]:
+    def by_distance(self, per_rank_G: PerRank) -> tuple[Count, Count, Count]:
         """Sum what each rank is sent into (same rank, same node, other node); a tensor's sums stay on its device."""
         if isinstance(per_rank_G, Tensor):
             if self._hops_on_device is None or self._hops_on_device.device != per_rank_G.device:
@@ -94,7 +110,7 @@ class Placement:
         )
         return same_rank, same_node, other_node
 
-    def remote(self, per_rank_G: Sequence[int] | Tensor) -> Count:
+    def remote(self, per_rank_G: PerRank) -> Count:
         """Sum what is sent to other ranks."""
         _, same_node, other_node = self.by_distance(per_rank_G)
         return same_node + other_node

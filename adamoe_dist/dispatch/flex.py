@@ -114,12 +114,9 @@ class FlexDispatcher(CountingDispatcher):
     def _count(self, routing_map: Tensor, row_bytes: int) -> DispatchCount:
         """Count distinct (token, rank) pairs: DeepEP sends one row for each. Its own metadata is not counted."""
         rows_G = routing_map.reshape(-1, self.ep_size, self.num_local_experts).any(dim=-1).sum(dim=0)
-        remote_pairs = self.placement.remote(pairs_per_rank(routing_map, self.ep_size))
-        return DispatchCount(
-            *self.placement.by_distance(rows_G),
-            rows_undeduplicated=remote_pairs,
-            bytes=self.placement.remote(rows_G) * row_bytes + remote_pairs * torch.float32.itemsize,
-        )
+        pairs_G = pairs_per_rank(routing_map, self.ep_size)
+        bytes_G = rows_G * row_bytes + pairs_G * torch.float32.itemsize
+        return DispatchCount.of(self.placement, rows_G, pairs_G, bytes_G)
 
 
 def true_slots(routing_map_TE: Tensor, probs_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -95,11 +95,12 @@ class PaddedDispatcher(CountingDispatcher):
         return rows.view(outer, inner, capacity, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
     def _count(self, routing_map: Tensor, capacity: int, row_bytes: int) -> DispatchCount:
-        rows_per_rank = [self.num_local_experts * capacity] * self.ep_size
-        return DispatchCount(
-            *self.placement.by_distance(rows_per_rank),
-            rows_undeduplicated=self.placement.remote(pairs_per_rank(routing_map, self.ep_size)),
-            bytes=self.placement.remote(rows_per_rank) * row_bytes,
+        rows = self.num_local_experts * capacity
+        return DispatchCount.of(
+            self.placement,
+            rows_G=[rows] * self.ep_size,
+            pairs_G=pairs_per_rank(routing_map, self.ep_size),
+            bytes_G=[rows * row_bytes] * self.ep_size,
         )
 
 

@@ -8,7 +8,7 @@ colours, by its scheme.
 import html
 from dataclasses import dataclass, field
 
-from adamoe_dist.inspection.colours import diverging, sequential, text_on
+from adamoe_dist.colours import diverging, sequential, text_on
 
 FONT_SIZE = 13
 CHARACTER_WIDTH = 7.2

@@ -183,7 +183,8 @@ class AdaMoELayer(MoELayer):
             rows_same_node=count.rows_same_node,
             rows_other_node=count.rows_other_node,
             rows_undeduplicated=count.rows_undeduplicated,
-            sent_bytes=count.bytes,
+            bytes_same_node=count.bytes_same_node,
+            bytes_other_node=count.bytes_other_node,
         )
 
 
@@ -207,8 +208,7 @@ def _null_experts(config: AdaMoETransformerConfig) -> NullExperts | None:
 def _baseline_count(routing_map_TE: Tensor, placement: Placement, row_bytes: int) -> DispatchCount:
     """Count what Megatron's all-to-all, and its gathering of cut experts' rows, send: a row and a weight a pair."""
     rows_G = pairs_per_rank(routing_map_TE, placement.ranks)
-    remote = placement.remote(rows_G)
-    return DispatchCount(*placement.by_distance(rows_G), rows_undeduplicated=remote, bytes=remote * row_bytes)
+    return DispatchCount.of(placement, rows_G, pairs_G=rows_G, bytes_G=rows_G * row_bytes)
 
 
 def _capacity(moe: MoEConfig) -> Callable[[int], int]:

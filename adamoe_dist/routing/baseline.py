@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamoe_dist.routing.counters import RoutingCounters
 from adamoe_dist.routing.losses import z_loss
-from adamoe_dist.routing.statistics import nonfinite_tokens
+from adamoe_dist.routing.statistics import nonfinite_tokens, score_entropy
 
 
 class CountedTopKRouter(TopKRouter):
@@ -17,10 +17,12 @@ class CountedTopKRouter(TopKRouter):
     counters: RoutingCounters
 
     def gating(self, input: Tensor) -> Tensor:
-        """Score as Megatron does, and count the tokens whose scores are not finite."""
+        """Score as Megatron does, and count the scores' entropy and the tokens whose scores are not finite."""
         logits: Tensor = super().gating(input)
         if self.training and torch.is_grad_enabled():
-            self.counters.add_nonfinite(nonfinite_tokens(logits.reshape(-1, logits.shape[-1])))
+            logits_TE = logits.reshape(-1, logits.shape[-1])
+            self.counters.add_nonfinite(nonfinite_tokens(logits_TE))
+            self.counters.add_score_entropy(score_entropy(logits_TE.float()))
         return logits
 
     def attach_and_log_load_balancing_loss(

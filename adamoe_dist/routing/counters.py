@@ -14,7 +14,9 @@ SUMS = (
     "dispatch_rows_same_node",
     "dispatch_rows_other_node",
     "dispatch_rows_undeduplicated",
-    "dispatch_bytes",
+    "dispatch_bytes_same_node",
+    "dispatch_bytes_other_node",
+    "score_entropy",
     "dropped_pairs",
     "nonfinite_tokens",
 )
@@ -64,18 +66,24 @@ class RoutingCounters:
         rows_same_node: Tensor | int,
         rows_other_node: Tensor | int,
         rows_undeduplicated: Tensor | int,
-        sent_bytes: Tensor | int,
+        bytes_same_node: Tensor | int,
+        bytes_other_node: Tensor | int,
     ) -> None:
-        """Add what one forward dispatch sent: rows by distance; of the rest, what went to other ranks."""
+        """Add what one forward dispatch sent: rows and bytes by distance; un-deduplicated rows to other ranks."""
         self._add("dispatch_rows_same_rank", rows_same_rank)
         self._add("dispatch_rows_same_node", rows_same_node)
         self._add("dispatch_rows_other_node", rows_other_node)
         self._add("dispatch_rows_undeduplicated", rows_undeduplicated)
-        self._add("dispatch_bytes", sent_bytes)
+        self._add("dispatch_bytes_same_node", bytes_same_node)
+        self._add("dispatch_bytes_other_node", bytes_other_node)
 
     def add_dropped(self, pairs: Tensor) -> None:
         """Add the (token, true expert) pairs that exceeded an expert's capacity."""
         self._add("dropped_pairs", pairs)
+
+    def add_score_entropy(self, entropy: Tensor) -> None:
+        """Add the entropies of the router's scores, summed over one micro-batch's real tokens."""
+        self._add("score_entropy", entropy)
 
     def add_nonfinite(self, tokens: Tensor) -> None:
         """Add the real tokens whose scores hold NaN or infinity."""
@@ -118,8 +126,9 @@ class RoutingCounters:
 def read_vector(vector: Tensor, num_experts: int) -> tuple[dict[str, float], RoutingStatistics]:
     """Split what :meth:`RoutingCounters.vector` returned, perhaps summed, into named sums and statistics.
 
-    ``dispatch_rows`` is made here: the rows to other ranks, near and far.
+    ``dispatch_rows`` and ``dispatch_bytes`` are made here: what goes to other ranks, near and far.
     """
     sums = dict(zip(SUMS, vector[: len(SUMS)].tolist(), strict=True))
-    sums["dispatch_rows"] = sums["dispatch_rows_same_node"] + sums["dispatch_rows_other_node"]
+    for what in ("dispatch_rows", "dispatch_bytes"):
+        sums[what] = sums[f"{what}_same_node"] + sums[f"{what}_other_node"]
     return sums, RoutingStatistics.unpacked(vector[len(SUMS) :].round().long(), num_experts)

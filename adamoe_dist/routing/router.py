@@ -20,7 +20,7 @@ from adamoe_dist.routing.gating_residual import ScoreChain
 from adamoe_dist.routing.initialisation import expand_shared, initial_null_rows
 from adamoe_dist.routing.losses import BatchLoads, balance_loss, selected_counts, z_loss
 from adamoe_dist.routing.selection import Selection, select
-from adamoe_dist.routing.statistics import nonfinite_tokens, routing_statistics
+from adamoe_dist.routing.statistics import nonfinite_tokens, routing_statistics, score_entropy
 from adamoe_dist.routing.target_load import margin_counts, margins
 
 
@@ -174,6 +174,7 @@ class AdaMoERouter(Router):
     def _count(self, logits_TA: Tensor, selection: Selection, kept_TE: Tensor, mask_T: Tensor | None) -> None:
         self.counters.add_statistics(routing_statistics(selection, mask_T))
         self.counters.add_nonfinite(nonfinite_tokens(logits_TA, mask_T))
+        self.counters.add_score_entropy(score_entropy(logits_TA, mask_T))
         if self.moe.router.capacity_factor is not None:
             self.counters.add_dropped(selection.routing_map_TE.sum() - kept_TE.sum())
         if self.expert_bias is not None:

@@ -86,6 +86,22 @@ def routing_statistics(selection: Selection, padding_mask_T: Tensor | None = Non
 
 
 @torch.no_grad()
+def score_entropy(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
+    """Return the entropy of each real token's softmax over all experts, true and null, summed: 0-d, nats.
+
+    Args:
+        logits_TA: The router's scores, without a selection bias.
+        padding_mask_T: Bool (T,), true for padding.
+    """
+    # log sum exp(s) - sum p s: one pass less than by the logarithms of p.
+    probs_TA = torch.softmax(logits_TA, dim=1)
+    entropy_T = torch.logsumexp(logits_TA, dim=1) - torch.linalg.vecdot(probs_TA, logits_TA)
+    if padding_mask_T is not None:
+        entropy_T = entropy_T.masked_fill(padding_mask_T, 0.0)
+    return entropy_T.sum()
+
+
+@torch.no_grad()
 def nonfinite_tokens(logits_TA: Tensor, padding_mask_T: Tensor | None = None) -> Tensor:
     """Count the real tokens with a NaN or infinite logit, 0-d int64, without waiting for the device.
 

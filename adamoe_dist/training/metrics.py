@@ -1,5 +1,6 @@
 """The metrics of a logged step, reduced over all ranks so that they do not depend on how the run is cut."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,22 +14,40 @@ from adamoe_dist.training.loop import Trainer
 Record = dict[str, float | int]
 
 
-@dataclass(frozen=True)
-class LayerRecord:
-    """Routing of one MoE layer in one step; the bias, where one holds the load, as it is after the step."""
+@dataclass(frozen=True, kw_only=True)
+class RoutingRecord:
+    """Routing of one MoE layer, or of several together, in one step, over all ranks.
+
+    Attributes:
+        expert_max_over_mean: of the tokens of the true experts; 1 is an even load.
+        expert_load_entropy: of the distribution of tokens over the true experts, nats; ln n is an even load.
+        score_entropy: of the router's softmax over true and null experts, mean over tokens, nats.
+        rows: hidden vectors of the forward dispatch by distance: same_rank, same_node, other_node.
+        sent_bytes: of them, their weights and the routing bits, by distance: same_node, other_node.
+        tokens_by_load: tokens that chose 0, 1, ..., top_k true experts.
+        tokens_by_expert: tokens that chose each true expert.
+        expert_bias_min: of the selection bias, where one holds the load, as it is after the step.
+        expert_bias_max: the same.
+    """
 
     true_experts_per_token: float
     null_share: float
     all_null_share: float
-    expert_load_max_over_mean: float
+    expert_max_over_mean: float
+    expert_load_entropy: float
+    score_entropy: float
+    rows: dict[str, float]
+    sent_bytes: dict[str, float]
+    tokens_by_load: tuple[int, ...]
+    tokens_by_expert: tuple[int, ...]
     expert_bias_min: float | None = None
     expert_bias_max: float | None = None
 
 
 def layer_vectors(trainer: Trainer) -> torch.Tensor:
-    """Return each MoE layer's counters summed over all ranks, (layers of all stages, sums), fp64. Collective."""
+    """Return each MoE layer's counters summed over all ranks: (layers of all stages, sums), fp64 on CPU. Collective."""
     vectors = torch.stack([layer.counters.vector(trainer.device) for layer in trainer.model.moe_layers])
-    return over_stages(trainer, vectors)
+    return over_stages(trainer, vectors).cpu()
 
 
 def over_stages(trainer: Trainer, mine: torch.Tensor) -> torch.Tensor:
@@ -55,13 +74,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return float(peak)
 
 
-def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[Record, list[LayerRecord]]:
-    """Build the metrics of one step and of each MoE layer in it. Collective.
+def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[Record, dict[int, RoutingRecord]]:
+    """Build the metrics of one step, and of each MoE layer in it by the layer's number from 0. Collective.
 
     ``balance_loss`` and ``z_loss`` are means over layers and micro-batches, coefficients included: the balance loss is
     top_k x alpha at perfect balance. ``dispatch_rows`` and ``dispatch_bytes`` are sums over the step: all layers,
     micro-batches and ranks, forward only, to other ranks only; ``dispatch_rows_same_rank`` counts the rows that stayed,
-    and ``dispatch_rows_same_node`` and ``dispatch_rows_other_node`` add up to ``dispatch_rows``.
+    and ``dispatch_rows_same_node`` and ``dispatch_rows_other_node`` add up to ``dispatch_rows``; bytes likewise.
+    ``score_entropy`` is the mean over layers and real tokens.
     ``true_experts_per_token`` counts what was selected; ``dropped_share`` of it exceeded an expert's capacity and was
     not computed, which ``expert_flops_saved`` counts too.
     ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
@@ -78,8 +98,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     num_experts = trainer.config.moe.num_experts
     vectors = layer_vectors(trainer)
     sums, routing = read_vector(vectors.sum(dim=0), num_experts)
+    top_k = trainer.config.moe.top_k
     micro_batches = max(sums["micro_batches"] / trainer.resolved.layout.tensor, 1.0)  # each rank adds a part
-    overall = routing_shares(routing, trainer.config.moe.top_k)
+    overall = routing_record(sums, routing, top_k)
     dropped_share = sums["dropped_pairs"] / max(int(routing.true_slots), 1)
     record: Record = {
         "step": result.step,
@@ -94,18 +115,21 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "true_experts_per_token": overall.true_experts_per_token,
         "null_share": overall.null_share,
         "all_null_share": overall.all_null_share,
+        "score_entropy": overall.score_entropy,
         "dispatch_rows": round(sums["dispatch_rows"]),
         "dispatch_rows_same_rank": round(sums["dispatch_rows_same_rank"]),
         "dispatch_rows_same_node": round(sums["dispatch_rows_same_node"]),
         "dispatch_rows_other_node": round(sums["dispatch_rows_other_node"]),
         "dispatch_bytes": round(sums["dispatch_bytes"]),
+        "dispatch_bytes_same_node": round(sums["dispatch_bytes_same_node"]),
+        "dispatch_bytes_other_node": round(sums["dispatch_bytes_other_node"]),
         "dispatch_rows_undeduplicated": round(sums["dispatch_rows_undeduplicated"]),
         "dropped_share": dropped_share,
         "expert_flops_saved": 1.0
         - overall.true_experts_per_token * (1.0 - dropped_share) / trainer.config.reference_top_k,
         "memory_peak_gib": peak_memory_gib(trainer.device),
     }
-    layers = [routing_shares(read_vector(vector, num_experts)[1], trainer.config.moe.top_k) for vector in vectors]
+    layers = [routing_record(*read_vector(vector, num_experts), top_k) for vector in vectors]
     target = trainer.config.moe.router.target_load
     if target is not None:
         record["target_load_error"] = max(abs(layer.true_experts_per_token / target - 1.0) for layer in layers)
@@ -119,16 +143,34 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     if result.tokens.with_loss != trainer.resolved.tokens_per_step:
         record["loss_tokens"] = result.tokens.with_loss
     record.update({name: count for name, count in trainer.events.items() if count})
-    return record, layers
+    return record, dict(zip(trainer.config.moe_layers, layers, strict=True))
 
 
-def routing_shares(routing: RoutingStatistics, top_k: int) -> LayerRecord:
-    """Turn counts into the load, the null shares and the expert imbalance."""
+def routing_record(sums: dict[str, float], routing: RoutingStatistics, top_k: int) -> RoutingRecord:
+    """Turn the counts of a layer, or of several added up, into what is shown of them.
+
+    Args:
+        sums: as :func:`read_vector` returns them.
+        routing: the same.
+        top_k: slots of a token.
+    """
     tokens = max(int(routing.real_tokens), 1)
-    true_slots, rows_E = int(routing.true_slots), routing.expert_counts_E
-    return LayerRecord(
+    true_slots, tokens_by_expert = int(routing.true_slots), routing.expert_counts_E.tolist()
+    return RoutingRecord(
         true_experts_per_token=true_slots / tokens,
         null_share=int(routing.null_slots) / (tokens * top_k),
         all_null_share=int(routing.all_null_tokens) / tokens,
-        expert_load_max_over_mean=int(rows_E.max()) * len(rows_E) / max(true_slots, 1),
+        expert_max_over_mean=max(tokens_by_expert) * len(tokens_by_expert) / max(true_slots, 1),
+        expert_load_entropy=entropy(tokens_by_expert),
+        score_entropy=sums["score_entropy"] / tokens,
+        rows={distance: sums[f"dispatch_rows_{distance}"] for distance in ("same_rank", "same_node", "other_node")},
+        sent_bytes={distance: sums[f"dispatch_bytes_{distance}"] for distance in ("same_node", "other_node")},
+        tokens_by_load=tuple(routing.tokens_by_load_L.tolist()),
+        tokens_by_expert=tuple(tokens_by_expert),
     )
+
+
+def entropy(counts: list[int]) -> float:
+    """Return the entropy, in nats, of the distribution that counts are proportional to; 0 where all are 0."""
+    total = max(sum(counts), 1)
+    return -math.fsum(count / total * math.log(count / total) for count in counts if count)

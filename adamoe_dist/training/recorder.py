@@ -8,11 +8,11 @@ from adamoe_dist.timing import PhaseClock
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.display import Pace, progress_line
 from adamoe_dist.training.loop import Trainer
-from adamoe_dist.training.metrics import LayerRecord, Record, step_record
+from adamoe_dist.training.metrics import Record, RoutingRecord, step_record
 from adamoe_dist.training.phases import phase_fields
 from adamoe_dist.training.speed import ModelSpeed
 from adamoe_dist.training.validation import Validation, validate
-from adamoe_dist.training.writers import JsonlWriter, TensorBoardWriter
+from adamoe_dist.training.writers import Board, JsonlWriter
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Recorder(Callback):
         first_validation: before training (or None, as on a resumed run).
         last_validation: the latest.
         last_record: the latest metrics of a step.
-        tensorboard: its writer, on rank 0 where it is on.
+        board: the writers of tagged scalars, on rank 0.
         pace: of the steps so far.
     """
 
@@ -36,7 +36,7 @@ class Recorder(Callback):
         self.first_validation: Validation | None = None
         self.last_validation: Validation | None = None
         self.last_record: Record = {}
-        self.tensorboard: TensorBoardWriter | None = None
+        self.board: Board | None = None
         self.pace = Pace()
         self._sets = validation_sets
         self._jsonl: JsonlWriter | None = None
@@ -51,12 +51,11 @@ class Recorder(Callback):
         if trainer.rank == 0:
             run_dir = trainer.config.run_dir
             self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", trainer.step)
-            if trainer.config.monitor.tensorboard:
-                self.tensorboard = TensorBoardWriter(run_dir / "tensorboard", trainer.step)
+            self.board = Board(trainer.config, trainer.step)
         if self._sets and trainer.step == 0:
             self.first_validation = self._validate(trainer)
             record = {"step": 0, "tokens_seen": 0, **_validation_fields(self.first_validation)}
-            self._write(record, [])
+            self._write(record, {})
 
     def before_step(self, trainer: Trainer) -> None:
         """Start the clock of the phases in a step that will be recorded, but for the first of this process."""
@@ -101,7 +100,7 @@ class Recorder(Callback):
         if is_validated:
             record.update(_validation_fields(self._validate(trainer)))
         self.last_record = record
-        self._write(record, layers)
+        self._write(record, layers, last)
 
     def on_finish(self, trainer: Trainer) -> None:
         """Validate a run that had nothing left to train, and close the files."""
@@ -110,11 +109,13 @@ class Recorder(Callback):
             self._validate(trainer)
         if self._jsonl:
             self._jsonl.close()
+        if self.board and trainer.stop_signal is None:
+            self.board.finish()
 
     def close(self) -> None:
         """Close what later callbacks may still have written to."""
-        if self.tensorboard:
-            self.tensorboard.close()
+        if self.board:
+            self.board.close()
 
     def _validate(self, trainer: Trainer) -> Validation:
         self.last_validation = validate(trainer, self._sets)
@@ -127,11 +128,11 @@ class Recorder(Callback):
         )
         return self.last_validation
 
-    def _write(self, record: Record, layers: list[LayerRecord]) -> None:
+    def _write(self, record: Record, layers: dict[int, RoutingRecord], is_last: bool = False) -> None:
         if self._jsonl:
             self._jsonl.write(record)
-        if self.tensorboard:
-            self.tensorboard.write(record, layers)
+        if self.board:
+            self.board.write(record, layers, is_last)
 
 
 def _validation_fields(validation: Validation) -> Record:

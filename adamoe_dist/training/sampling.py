@@ -5,7 +5,7 @@ import logging
 import torch
 
 from adamoe_dist.data import Tokenizer
-from adamoe_dist.training.callback import Callback
+from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.recorder import Recorder
 
@@ -32,18 +32,26 @@ def sample_text(trainer: Trainer, tokenizer: Tokenizer, prompt: str, new_tokens:
 
 
 class SampleWriter(Callback):
-    """Generates a text at the end of the run, logs it and adds it to TensorBoard."""
+    """Generates a text every ``monitor.sample_interval`` steps and at the end; logs it, adds it to TensorBoard."""
 
     def __init__(self, tokenizer: Tokenizer, recorder: Recorder) -> None:
         self._tokenizer = tokenizer
         self._recorder = recorder
 
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Generate if it is due; at the last step that is left to the end."""
+        interval = trainer.config.monitor.sample_interval
+        if interval is not None and result.step % interval == 0 and not trainer.is_last_step:
+            self._generate(trainer)
+
     def on_finish(self, trainer: Trainer) -> None:
         """Generate, unless a signal ended the run."""
+        if trainer.config.monitor.sample_tokens and trainer.stop_signal is None:
+            self._generate(trainer)
+
+    def _generate(self, trainer: Trainer) -> None:
         monitor = trainer.config.monitor
-        if monitor.sample_tokens == 0 or trainer.stop_signal is not None:
-            return
         text = sample_text(trainer, self._tokenizer, monitor.sample_prompt, monitor.sample_tokens)
         logger.info("sample, continuing %r:\n%s", monitor.sample_prompt, text)
-        if self._recorder.tensorboard:
-            self._recorder.tensorboard.write_text("sample", text, trainer.step)
+        if self._recorder.board:
+            self._recorder.board.write_text("sample", text, trainer.step)

@@ -12,6 +12,7 @@ from adamoe_dist.data import BatchStream
 from adamoe_dist.dispatch import check_flex
 from adamoe_dist.errors import NumericalError, UserError, exit_code_of
 from adamoe_dist.model import build_model, choose_trained
+from adamoe_dist.monitoring import check_wandb
 from adamoe_dist.parallel import (
     Launch,
     Progress,
@@ -98,6 +99,7 @@ def _check_before_groups(config: Config, resolved: Resolved, task: Task, logs: L
     check_run_directory(config)
     platform.compute_precision(config.train.precision)
     choose_implementation(config)
+    check_wandb(config)
     if config.moe.dispatcher.type == "flex":
         check_flex(config.moe.dispatcher.flex_backend)
     start = find_start(config)

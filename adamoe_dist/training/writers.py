@@ -1,12 +1,16 @@
-"""Where metrics go: ``metrics.jsonl`` and TensorBoard. Both belong to rank 0."""
+"""Where metrics go, on rank 0: ``metrics.jsonl``, and by tags to TensorBoard, CSV files and Weights & Biases."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
-from torch.utils.tensorboard import SummaryWriter
+import numpy as np
 
-from adamoe_dist.training.metrics import LayerRecord, Record
+from adamoe_dist.config import Config
+from adamoe_dist.monitoring import CsvWriter, RoutingCounts, TensorBoardWriter, WandbWriter
+from adamoe_dist.training.metrics import Record, RoutingRecord
 
 TAGS = {
     "lm_loss": "loss/lm",
@@ -42,6 +46,7 @@ TAGS = {
     "true_experts_per_token": "routing/true_experts_per_token",
     "null_share": "routing/null_share",
     "all_null_share": "routing/all_null_share",
+    "score_entropy": "routing/score_entropy",
     "dropped_share": "routing/dropped_share",
     "expert_flops_saved": "routing/expert_flops_saved",
     "target_load_error": "routing/target_load_error",
@@ -51,7 +56,22 @@ TAGS = {
     "dispatch_rows_other_node": "dispatch/rows_other_node",
     "dispatch_rows_undeduplicated": "dispatch/rows_undeduplicated",
     "dispatch_bytes": "dispatch/bytes",
+    "dispatch_bytes_same_node": "dispatch/bytes_same_node",
+    "dispatch_bytes_other_node": "dispatch/bytes_other_node",
 }
+"""The tag of each metric."""
+
+LAYER_SCALARS = (
+    "true_experts_per_token",
+    "null_share",
+    "all_null_share",
+    "expert_max_over_mean",
+    "expert_load_entropy",
+    "score_entropy",
+    "expert_bias_min",
+    "expert_bias_max",
+)
+"""Fields of a layer's record that are scalars ``layers/NAME/NUMBER``, as its rows and bytes by distance are."""
 
 SCALES = {"model_flops_per_second": 1e-12}
 """Factors of metrics whose tag has another unit."""
@@ -92,34 +112,81 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class TensorBoardWriter:
-    """The same metrics as TensorBoard scalars, grouped, and the routing of each MoE layer."""
+def scalars_of(record: Record, layers: Mapping[int, RoutingRecord]) -> dict[str, float]:
+    """Return the scalars of a record and of each MoE layer, by tag; what there is no number for is left out."""
+    scalars = {tag: record[name] * SCALES.get(name, 1) for name, tag in TAGS.items() if name in record}
+    for number, layer in layers.items():
+        values = {name: getattr(layer, name) for name in LAYER_SCALARS}
+        values |= {f"rows_{distance}": rows for distance, rows in layer.rows.items()}
+        values |= {f"bytes_{distance}": sent for distance, sent in layer.sent_bytes.items()}
+        scalars |= {f"layers/{name}/{number:02d}": value for name, value in values.items() if value is not None}
+    return scalars
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        """Open ``directory``; events after ``first_step`` are hidden."""
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
 
-    def write(self, record: Record, layers: list[LayerRecord]) -> None:
-        """Add one record and that of each MoE layer."""
-        step = int(record["step"])
-        for name, tag in TAGS.items():
-            if name in record:
-                self._writer.add_scalar(tag, record[name] * SCALES.get(name, 1), step)
-        for number, layer in enumerate(layers):
-            self._writer.add_scalar(f"layers/true_experts_per_token/{number:02d}", layer.true_experts_per_token, step)
-            self._writer.add_scalar(f"layers/null_share/{number:02d}", layer.null_share, step)
-            self._writer.add_scalar(f"layers/all_null_share/{number:02d}", layer.all_null_share, step)
-            self._writer.add_scalar(f"layers/expert_max_over_mean/{number:02d}", layer.expert_load_max_over_mean, step)
-            if layer.expert_bias_min is not None and layer.expert_bias_max is not None:
-                self._writer.add_scalar(f"layers/expert_bias_min/{number:02d}", layer.expert_bias_min, step)
-                self._writer.add_scalar(f"layers/expert_bias_max/{number:02d}", layer.expert_bias_max, step)
-        self._writer.flush()
+def routing_counts(layers: Mapping[int, RoutingRecord]) -> RoutingCounts:
+    """Return what pictures are drawn from."""
+    records = layers.values()
+    return RoutingCounts(
+        list(layers),
+        np.array([layer.tokens_by_load for layer in records]),
+        np.array([layer.tokens_by_expert for layer in records]),
+    )
+
+
+class ScalarWriter(Protocol):
+    """What every writer of tagged scalars can."""
+
+    def write_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add the scalars of a step."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Board:
+    """The writers of tagged scalars that a run asks for. Pictures and texts are TensorBoard's alone."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        """Open the writers of a run that goes on after ``first_step``."""
+        monitor, run_dir = config.monitor, config.run_dir
+        self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", first_step) if monitor.tensorboard else None
+        self._writers: list[ScalarWriter] = [self._tensorboard] if self._tensorboard else []
+        if monitor.csv:
+            self._writers.append(CsvWriter(run_dir, first_step))
+        if monitor.wandb.project is not None:
+            self._writers.append(WandbWriter(config))
+        if self._tensorboard:
+            self._tensorboard.write_start(config)
+        self._image_interval = monitor.image_interval
+        self._last_picture: int | None = None
+
+    def write(self, record: Record, layers: Mapping[int, RoutingRecord], is_last: bool = False) -> None:
+        """Add one record and that of each MoE layer; pictures where they are due or none follows."""
+        step, scalars = int(record["step"]), scalars_of(record, layers)
+        for writer in self._writers:
+            writer.write_scalars(scalars, step)
+        if self._tensorboard and layers and (is_last or self._is_picture_due(step)):
+            self._tensorboard.write_routing(routing_counts(layers), step)
+            self._last_picture = step
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """Add a text."""
-        self._writer.add_text(tag, f"```\n{text}\n```", step)
-        self._writer.flush()
+        if self._tensorboard:
+            self._tensorboard.write_text(tag, text, step)
+
+    def finish(self) -> None:
+        """Say that the run is done."""
+        if self._tensorboard:
+            self._tensorboard.write_end()
 
     def close(self) -> None:
-        """Close the files."""
-        self._writer.close()
+        """Close the writers."""
+        for writer in self._writers:
+            writer.close()
+
+    def _is_picture_due(self, step: int) -> bool:
+        """Tell whether a multiple of the interval has passed since the last picture; the first is always due."""
+        interval = self._image_interval
+        if interval is None:
+            return False
+        return self._last_picture is None or step // interval > self._last_picture // interval

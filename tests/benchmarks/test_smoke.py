@@ -53,6 +53,13 @@ def test_dispatch(tmp_path: Path) -> None:
         assert pairs["load"] == rows_of_ranks["load"] and pairs["floor"] == rows_of_ranks["floor"]
 
 
+def test_records(tmp_path: Path) -> None:
+    sizes = ["--layers", "2", "--experts", "4", "--top-k", "2", "--tokens", "64", "--repeats", "2"]
+    printed(benchmark("records.py", *sizes, "--json", str(tmp_path / "a.json")), "2 layers, n = 4", "CSV")
+    times = numbers(tmp_path / "a.json")["seconds"]
+    assert len(times) == 5 and all(len(values) == 2 and min(values) > 0 for values in times.values())
+
+
 def test_null_share(tmp_path: Path) -> None:
     sizes = ["--tokens", "320", "--hidden", "32", "--expert-hidden", "16", "--sequence", "32", "--pairs", "1"]
     more = ["--shares", "0", "0.5", "0.9", "--model-top-k", "2", "--json", str(tmp_path / "a.json")]

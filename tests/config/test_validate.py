@@ -249,6 +249,10 @@ def test_auto_micro_batch_is_the_largest_divisor_within_the_token_limit() -> Non
         ({"optimizer": {"type": "sgd", "implementation": "apex"}}, 1, "optimizer.implementation=apex is for"),
         ({"checkpoint": {"load_weights": "x", "resume": "y"}}, 1, "checkpoint.load_weights=x starts a new run"),
         ({"zero": {"deepspeed": {"gradient_clipping": 2}}}, 1, "is set by train.gradient_clipping"),
+        ({"zero": {"deepspeed": {"csv_monitor": {"enabled": True}}}}, 1, "is set by monitor.csv"),
+        ({"monitor": {"sample_interval": 5}}, 1, "monitor.sample_interval=5 does nothing with monitor.sample_tokens=0"),
+        ({"monitor": {"wandb": {"team": "t"}}}, 1, "monitor.wandb.team=t does nothing without monitor.wandb.project"),
+        ({"monitor": {"wandb": {"project": ""}}}, 1, "monitor.wandb.project is empty"),
         ({"zero": {"deepspeed": {"communication_data_type": "bf16"}}}, 1, "is set by train.precision"),
         (
             {"run": {"deterministic": True}, "moe": {"dispatcher": {"type": "flex"}}},

@@ -167,6 +167,16 @@ def counted_by_hand(layout: Layout, routing: torch.Tensor, rank: int, a_pair: bo
     return counts
 
 
+def bytes_by_hand(layout: Layout, routing: torch.Tensor, rank: int, variant: str) -> dict[str, int]:
+    """Rows, their weights, and a bit for each token and expert: as many bytes as a row to every rank would be rows."""
+    rows = counted_by_hand(layout, routing, rank, a_pair=variant in ("row a pair", "baseline"))
+    pairs = counted_by_hand(layout, routing, rank, a_pair=True)
+    everywhere = counted_by_hand(layout, torch.ones_like(routing), rank, a_pair=False)
+    row_bytes = 64 * (2 if variant == "rows in bf16" else 4)
+    bits = 0 if variant == "baseline" else -(-(routing.shape[1] // layout.expert) // 8)
+    return {name: rows[name] * row_bytes + 4 * pairs[name] + bits * everywhere[name] for name in rows}
+
+
 @pytest.mark.parametrize("variant", ["deduplicated", "row a pair", "rows in bf16", "capacity", "baseline"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_rows_are_counted_exactly_and_by_distance(computed, layout, variant):
@@ -177,6 +187,9 @@ def test_rows_are_counted_exactly_and_by_distance(computed, layout, variant):
         wanted = counted_by_hand(layout, result["map"], rank, a_pair)
         sums = result["sums"]
         assert {name: sums[f"dispatch_rows_{name}"] for name in wanted} == wanted
+        sent = bytes_by_hand(layout, result["map"], rank, variant)
+        for name in ("same_node", "other_node"):
+            assert sums[f"dispatch_bytes_{name}"] == sent[name], name
         plain = counted_by_hand(layout, result["map"], rank, a_pair=True)
         pairs += plain["same_node"] + plain["other_node"]
         assert sums["dispatch_rows_undeduplicated"] == plain["same_node"] + plain["other_node"]

@@ -1,5 +1,6 @@
 """Bad input to the training command: exit code 2, one line, nothing built."""
 
+import importlib.util
 import shutil
 import socket
 from pathlib import Path
@@ -44,6 +45,12 @@ def refused(workspace, monkeypatch, capfd):
         (["model.sequence_length=10000000"], 1, "model.sequence_length"),
         (["checkpoint.resume=nowhere"], 1, "nowhere"),
         (["optimizer.implementation=apex"], 1, "optimizer.implementation=apex"),
+        pytest.param(
+            ["monitor.wandb.project=mine"],
+            1,
+            "monitor.wandb.project=mine needs the package wandb",
+            marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
         (["train.precision=fp16"], 1, "train.precision=fp16 needs CUDA and there is none; use fp32 or bf16"),
         (
             [

@@ -54,8 +54,8 @@ def test_names_and_a_licence_are_in_the_front_matter():
 
 
 def test_what_a_run_measured_ends_at_the_checkpoint(tmp_path):
-    from adamoe_dist.training.metrics import LayerRecord
-    from adamoe_dist.training.writers import JsonlWriter, TensorBoardWriter
+    from adamoe_dist.monitoring import TensorBoardWriter
+    from adamoe_dist.training.writers import JsonlWriter
 
     lines, board = JsonlWriter(tmp_path / "metrics.jsonl", 0), TensorBoardWriter(tmp_path / "tensorboard", 0)
     for step in (0, 10, 20):
@@ -68,7 +68,10 @@ def test_what_a_run_measured_ends_at_the_checkpoint(tmp_path):
                 "all_null_share": 0.1,
             }
         lines.write(record)
-        board.write(record, [LayerRecord(1.0 + step, 0.5, 0.1, 1.2)] * 3 if step else [])
+        shares = {"true_experts_per_token": 1.0 + step, "null_share": 0.5, "all_null_share": 0.1}
+        shares["expert_max_over_mean"] = 1.2
+        scalars = {f"layers/{name}/{layer:02d}": value for layer in range(3) for name, value in shares.items()}
+        board.write_scalars(scalars if step else {}, step)
     lines.close()
     board.close()
     measured = read_measured(tmp_path, 15)

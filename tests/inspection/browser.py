@@ -45,7 +45,10 @@ class Browser:
             raise
 
     def open(self, file: Path) -> None:
-        self._call("POST", "/url", {"url": file.absolute().as_uri()})
+        self.visit(file.absolute().as_uri())
+
+    def visit(self, address: str) -> None:
+        self._call("POST", "/url", {"url": address})
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self._call("POST", "/execute/sync", {"script": script, "args": list(arguments)})

@@ -55,7 +55,7 @@ def test_a_recomputed_layer_gives_the_same_gradients_and_counts_once(name):
         assert value.abs().max() > 1e-4, f"{key} shows nothing"
     assert counts == expected_counts
     sums = counts[0]
-    assert set(sums) == {*SUMS, "dispatch_rows"} and sums["micro_batches"] == 2
+    assert set(sums) == {*SUMS, "dispatch_rows", "dispatch_bytes"} and sums["micro_batches"] == 2
     assert sums["balance_loss"] > 0 and sums["z_loss"] > 0
     assert (sums["dropped_pairs"] > 0) == (name == "capacity")
 

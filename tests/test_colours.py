@@ -2,7 +2,7 @@
 
 import pytest
 
-from adamoe_dist.inspection.colours import contrast, diverging, luminance, rgb, sequential, text_on
+from adamoe_dist.colours import contrast, diverging, luminance, rgb, sequential, text_on
 from adamoe_dist.inspection.drawing import palette
 
 
