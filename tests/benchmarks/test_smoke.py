@@ -30,6 +30,7 @@ def printed(done: subprocess.CompletedProcess[str], *expected: str) -> None:
         assert part in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help(name: str) -> None:
     done = benchmark(name, "--help")
