@@ -19,7 +19,7 @@ from tests.namespaces import needs_namespaces
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed, needs_namespaces]
 
 SHORT = ["--config", "small.yaml", "train.steps=6", "monitor.log_interval=1", "train.validation_interval=3"]
-BY_PLACE = {"dispatch_rows_same_node", "dispatch_rows_other_node"}
+BY_PLACE = {f"dispatch_{what}_{place}" for what in ("rows", "bytes") for place in ("same_node", "other_node")}
 
 
 @contextlib.contextmanager
@@ -78,9 +78,11 @@ def test_two_nodes_train_as_one_does(workspace: Path, tmp_path: Path) -> None:
             exact = name.startswith("dispatch_") or name in ("step", "tokens_seen")
             assert apart[name] == (alone[name] if exact else pytest.approx(alone[name], rel=1e-5)), name
     for alone, apart in zip(one[1:], two[1:], strict=True):
-        assert sum(apart[name] for name in BY_PLACE) == apart["dispatch_rows"] == alone["dispatch_rows"]
-        assert alone["dispatch_rows_other_node"] == 0 < apart["dispatch_rows_other_node"]
-        assert apart["dispatch_rows_same_node"] > 0
+        for what in ("dispatch_rows", "dispatch_bytes"):
+            near, far = f"{what}_same_node", f"{what}_other_node"
+            assert apart[near] + apart[far] == apart[what] == alone[what]
+            assert alone[far] == 0 < apart[far]
+            assert apart[near] > 0
 
     expected, found = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert set(expected) == set(found) and len(expected) > 50
