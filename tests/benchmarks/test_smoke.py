@@ -140,6 +140,7 @@ def test_memory(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_convert(tmp_path: Path) -> None:
     sizes = ["--gigabytes", "0.01", "--hidden", "64", "--directory", str(tmp_path), "--json", str(tmp_path / "c.json")]

@@ -83,6 +83,7 @@ def wait_for_namespace(process: "subprocess.Popen[str]", _: Path) -> list[int]:
 
 
 @needs_namespaces
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, wait_for_steps), (signal.SIGINT, wait_for_namespace)])
 def test_nothing_is_left_after_a_signal(tmp_path: Path, number: signal.Signals, wait: Wait) -> None:
     process = start(tmp_path, "--rates", "50mbit", "--pairs", "1", "--steps", "100000", "--timeout", "200")

@@ -93,8 +93,8 @@ def test_default_command_prepares_its_data_and_trains(checkout) -> None:
     [
         covered("configs/quickstart.yaml run.name=full"),
         covered("run.name=one"),
-        covered("parallel.expert=8"),
-        covered("parallel.expert=2"),
+        pytest.param(covered("parallel.expert=8"), marks=pytest.mark.slow),
+        pytest.param(covered("parallel.expert=2"), marks=pytest.mark.slow),
         covered("run.name=top2"),
         covered("run.name=held"),
         covered("run.name=cut"),
