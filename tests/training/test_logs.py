@@ -106,12 +106,12 @@ def test_bar_is_on_the_terminal_only(tmp_path, monkeypatch) -> None:
     master, slave = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 48, 0, 0))
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.get_terminal_size(slave))
     line = ProgressLine((Field("step 1/4"), Field("x" * 60, 1), Field("left 0:03")))
     trainer = SimpleNamespace(rank=0, step=0, config=SimpleNamespace(train=SimpleNamespace(steps=4)))
-    with os.fdopen(slave, "w", buffering=1) as terminal, Logs(Launch(0, 0, 1)) as logs:
-        monkeypatch.setattr("sys.stdout", terminal)
-        monkeypatch.setattr("sys.stderr", terminal)
+    with os.fdopen(slave, "w", buffering=1) as terminal, monkeypatch.context() as patch, Logs(Launch(0, 0, 1)) as logs:
+        patch.setattr("shutil.get_terminal_size", lambda *_, **__: os.get_terminal_size(slave))
+        patch.setattr("sys.stdout", terminal)
+        patch.setattr("sys.stderr", terminal)
         logs.open_file(tmp_path)
         pace = Pace()
         bar = ProgressBar(pace)
