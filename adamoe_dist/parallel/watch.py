@@ -38,7 +38,7 @@ from adamoe_dist.launcher import Launch
 from adamoe_dist.parallel.groups import COLLECTIVE_TIMEOUT
 from adamoe_dist.parallel.progress import Progress
 from adamoe_dist.parallel.watch_hang import HangWatch
-from adamoe_dist.parallel.watch_server import SETTLE_S, Server
+from adamoe_dist.parallel.watch_server import ARRIVAL_S, SETTLE_S, Server
 from adamoe_dist.parallel.watch_wire import ASKED_BY_USER, CONSEQUENCE, HANGS, SPOKEN, Client, Departure, own_address
 
 LEAVE_S = 2.0
@@ -153,7 +153,7 @@ class _Watch:
             sys.stderr.write(departure.details)
         if self._verdict is None:  # rank 0 is done, or cannot be told
             fail(_line(departure))
-        self._leave(verdict.code)
+        self._leave(verdict)
 
     def _describe(self, error: BaseException) -> Departure:
         if isinstance(error, UserError | NumericalError):
@@ -184,7 +184,7 @@ class _Watch:
         self._progress.end(departure.code)
         self._let_go_on(departure)
         time.sleep(LEAVE_S)
-        self._leave(departure.code)
+        self._leave(departure)
 
     def _let_go_on(self, departure: Departure) -> None:
         """Continue a stopped rank of the same launcher: it hears the verdict and ends, or is ended by the launcher."""
@@ -200,15 +200,19 @@ class _Watch:
             return self._launch.local_rank == 0
         return self._launch.local_rank == (1 if here and departure.local_rank == 0 else 0)
 
-    def _leave(self, code: int) -> None:
+    def _leave(self, verdict: Departure) -> None:
         """End this process, whatever its other threads do; rank 0 goes last, for the others hear of it from there."""
-        threading.Timer(2 * LEAVE_S + 1, os._exit, (code,)).start()  # should an output that nobody reads block
+        arrival_s = 0.0
+        if isinstance(self.link, Server) and verdict.kind == ASKED_BY_USER:
+            arrival_s = ARRIVAL_S
+        # should an output that nobody reads block
+        threading.Timer(arrival_s + 2 * LEAVE_S + 1, os._exit, (verdict.code,)).start()
         if isinstance(self.link, Server):
-            self.link.wait_until_alone(LEAVE_S + 1)
+            self.link.wait_until_alone(LEAVE_S + 1, arrival_s)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(verdict.code)
 
 
 def _line(departure: Departure) -> str:

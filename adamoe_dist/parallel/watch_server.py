@@ -27,6 +27,9 @@ from adamoe_dist.parallel.watch_wire import (
 SETTLE_S = 1.0
 """How long departures are collected before one is named: a dying rank takes others with it, in any order."""
 
+ARRIVAL_S = 20.0
+"""How long ranks that are still starting are waited for, to be told why there is no run."""
+
 
 class Server:
     """Rank 0's end: a thread that waits on all connections, and names the first rank that left.
@@ -34,7 +37,8 @@ class Server:
     Args:
         key: what a connection must say to be heard.
         world_size: number of ranks.
-        on_verdict: called in the thread with the departure that is the cause, after it was sent to every rank.
+        on_verdict: called in a thread with the departure that is the cause, after it was sent to every rank that is
+            there; one that comes later is told when it comes.
         hang: judges whether the run gets on; None: nobody does.
     """
 
@@ -43,12 +47,14 @@ class Server:
         self._on_verdict = on_verdict
         self._hang = hang
         self._awaited = set(range(1, world_size))
+        self._expected = set(self._awaited)  # have not come yet
         self._places: dict[socket.socket, Departure | None] = {}
         self._unread: dict[socket.socket, bytes] = {}
         self._departures: list[Departure] = []
         self._deadline: float | None = None
         self._lock = threading.Lock()
         self._decided = False
+        self._verdict: Departure | None = None
         self.finished = threading.Event()
         self._listener = listen()
         self._wake, self._woken = socket.socketpair()
@@ -87,8 +93,11 @@ class Server:
         for connection in list(self._places):
             send(connection, {"end": True})
 
-    def wait_until_alone(self, patience_s: float) -> None:
-        """Wait until every rank that is there has gone."""
+    def wait_until_alone(self, patience_s: float, arrival_s: float = 0.0) -> None:
+        """Wait until every rank has come, for so long at most, and then until all that are there have gone."""
+        come = time.monotonic() + arrival_s
+        while self._expected and time.monotonic() < come:
+            time.sleep(0.05)
         end = time.monotonic() + patience_s
         while self._places and time.monotonic() < end:
             time.sleep(0.05)
@@ -121,11 +130,14 @@ class Server:
             if self._decided:
                 return
             self._decided = True
-        cause = min(self._departures, key=lambda departure: departure.kind)
+        self._verdict = min(self._departures, key=lambda departure: departure.kind)
         for connection, place in list(self._places.items()):
             if place is not None:
-                send(connection, {"verdict": asdict(replace(cause, details="") if cause.kind == HANGS else cause)})
-        self._on_verdict(cause)
+                self._tell(connection, self._verdict)
+        threading.Thread(target=self._on_verdict, args=(self._verdict,), name="verdict", daemon=True).start()
+
+    def _tell(self, connection: socket.socket, verdict: Departure) -> None:
+        send(connection, {"verdict": asdict(replace(verdict, details="") if verdict.kind == HANGS else verdict)})
 
     def _read(self, source: socket.socket) -> None:
         if source is self._listener:
@@ -172,8 +184,11 @@ class Server:
             if place is None:
                 if message["hello"] != self._key:
                     return False
-                self._places[connection] = Departure(**message["place"])
+                place = self._places[connection] = Departure(**message["place"])
+                self._expected.discard(place.rank)
                 send(connection, {"welcome": True})
+                if self._verdict is not None:
+                    self._tell(connection, self._verdict)
                 return True
             if self._hang is not None and "progress" in message:
                 self._hang.note(place.rank, float(message["progress"]))

@@ -183,7 +183,7 @@ def connect(addresses: Iterable[tuple[str, int]], hello: dict[str, Any]) -> sock
     for address in addresses:
         try:
             connection = socket.create_connection(address, timeout=_CONNECT_S)
-            if send(connection, hello) and b"welcome" in connection.recv(LARGEST_MESSAGE):
+            if send(connection, hello) and b"welcome" in _first_line(connection):
                 connection.settimeout(None)
                 keep_alive(connection)
                 return connection
@@ -192,6 +192,14 @@ def connect(addresses: Iterable[tuple[str, int]], hello: dict[str, Any]) -> sock
         except OSError as problem:
             problems.append(f"{address[0]} port {address[1]}: {problem}")
     raise ConnectionError("; ".join(problems))
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """Read one message and nothing of what follows it, which the listening thread reads."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < LARGEST_MESSAGE and (byte := connection.recv(1)):
+        line += byte
+    return line
 
 
 def keep_alive(connection: socket.socket) -> None:

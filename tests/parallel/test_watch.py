@@ -19,12 +19,12 @@ SOON_S = 0.3
 class Ranks:
     """Rank 0's server and clients for the others; what each is told arrives in its queue."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, late: tuple[int, ...] = ()) -> None:
         self.places = [Departure(rank, rank, 0, "here") for rank in range(world_size)]
         self.told: list[queue.Queue[Departure]] = [queue.Queue() for _ in range(world_size)]
         self.server = Server(KEY, world_size, self.told[0].put)
         self.server.start()
-        self.clients = {rank: self.connect(rank) for rank in range(1, world_size)}
+        self.clients = {rank: self.connect(rank) for rank in range(1, world_size) if rank not in late}
 
     def connect(self, rank: int) -> Client:
         address = ("127.0.0.1", self.server.port)
@@ -76,6 +76,20 @@ def test_a_refusal_by_rank_0_is_told_at_once(monkeypatch) -> None:
     ranks = Ranks(3)
     ranks.server.report(replace(ranks.places[0], cause="no such file", code=2, kind=ASKED_BY_USER))
     assert {(verdict.code, verdict.cause) for verdict in ranks.verdicts(0, 1, 2)} == {(2, "no such file")}
+
+
+def test_rank_0_waits_for_one_that_is_still_starting_and_tells_it_why_there_is_no_run() -> None:
+    ranks = Ranks(3, late=(2,))
+    ranks.server.report(replace(ranks.places[0], cause="no such file", code=2, kind=ASKED_BY_USER))
+    assert {verdict.cause for verdict in ranks.verdicts(0, 1)} == {"no such file"}
+    started = time.monotonic()
+    ranks.server.wait_until_alone(0.0, SOON_S)
+    assert time.monotonic() - started >= SOON_S, "rank 2 may still come"
+    ranks.clients[2] = ranks.connect(2)
+    assert ranks.verdicts(2)[0].cause == "no such file"
+    started = time.monotonic()
+    ranks.server.wait_until_alone(0.0, 60)
+    assert time.monotonic() - started < 30
 
 
 def test_goodbyes_end_nothing() -> None:
