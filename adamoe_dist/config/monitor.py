@@ -37,8 +37,8 @@ class MonitorConfig:
     tensorboard: bool = key(True, "Write TensorBoard files to <run.dir>/tensorboard.")
     image_interval: int | None = key(
         100,
-        "Steps between two sets of heat maps and histograms in TensorBoard, each at the first line of metrics that is "
-        "due; also at the first and last. null: none.",
+        "Steps between two sets of heat maps and histograms in TensorBoard and of the counts in routing.jsonl, each at "
+        "the first line of metrics that is due; also at the first and last. null: no pictures, counts at the last.",
         at_least=1,
     )
     csv: bool = key(False, "Write the same scalars to <run.dir>/csv, a file each.")

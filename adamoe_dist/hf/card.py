@@ -8,14 +8,9 @@ from typing import Any
 from adamoe_dist import __version__
 from adamoe_dist.config import Config
 
-METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
-_LAYER_COLUMNS = {
-    "true_experts_per_token": "true experts a token",
-    "null_share": "null share of the slots",
-    "all_null_share": "tokens with null experts only",
-    "expert_max_over_mean": "busiest expert over the mean",
-}
+METRICS, ROUTING = "metrics.jsonl", "routing.jsonl"
+_MOST_LISTED = 16
+"""Experts of a layer that are all listed; of more, the busiest and the idlest are."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +20,12 @@ class Measured:
     Attributes:
         record: the last line of metrics.jsonl; empty: there is none.
         validation: the last one with a validation loss; empty: there is none.
-        layers: for each MoE layer the columns of ``_LAYER_COLUMNS``; empty: there is no TensorBoard file.
+        routing: the last line of routing.jsonl, counts of each MoE layer; empty: there is none.
     """
 
     record: dict[str, Any]
     validation: dict[str, Any]
-    layers: list[dict[str, float]]
+    routing: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,17 +63,22 @@ class CardFacts:
 
 def read_measured(run: Path, step: int) -> Measured:
     """Return what a run directory recorded up to ``step``; nothing where it has no files."""
-    records = []
-    if (run / METRICS).is_file():
-        lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
-        records = [record for record in map(json.loads, lines) if record["step"] <= step]
+    records, counts = _lines(run / METRICS, step), _lines(run / ROUTING, step)
     trained = [record for record in records if "lm_loss" in record]
     validated = [record for record in records if "validation_loss" in record]
     return Measured(
         trained[-1] if trained else {},
         validated[-1] if validated else {},
-        _layers(run / TENSORBOARD, step) if (run / TENSORBOARD).is_dir() else [],
+        counts[-1] if counts else {},
     )
+
+
+def _lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the records of a file up to ``step``; none where there is no file."""
+    if not path.is_file():
+        return []
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [record for record in records if record["step"] <= step]
 
 
 def model_card(facts: CardFacts) -> str:
@@ -177,7 +177,7 @@ def _settings(facts: CardFacts) -> str:
 
 
 def _load(facts: CardFacts) -> str:
-    record, validation, layers = facts.measured.record, facts.measured.validation, facts.measured.layers
+    record, validation = facts.measured.record, facts.measured.validation
     if not record:
         return "## Measured\n\nNot measured: the checkpoint does not lie in the directory of a run."
     lines = [
@@ -191,13 +191,45 @@ def _load(facts: CardFacts) -> str:
             f"{_number(validation, 'validation_bits_per_byte')} bits a byte."
         )
     text = "## Measured\n\n" + " ".join(lines) + " All are of the run itself; nothing else was evaluated.\n\n"
-    if not layers:
-        return text + "Load and use of experts by layer: not measured."
-    numbers = facts.config.moe_layers if len(layers) == len(facts.config.moe_layers) else range(len(layers))
-    table = ["| layer | " + " | ".join(_LAYER_COLUMNS.values()) + " |", "|---" * (len(_LAYER_COLUMNS) + 1) + "|"]
-    for number, layer in zip(numbers, layers, strict=True):
-        table.append(f"| {number} | " + " | ".join(_number(layer, name) for name in _LAYER_COLUMNS) + " |")
-    return text + "\n".join(table)
+    return text + _expert_use(facts.measured.routing, facts.config.moe.top_k)
+
+
+def _expert_use(routing: dict[str, Any], top_k: int) -> str:
+    """Return a table of what each layer's experts did in one step."""
+    if not routing:
+        return "Load and use of experts by layer: not measured."
+    lines = [
+        f"Load and use of experts by layer in step {routing['step']}, over all its tokens. An expert's share is of the "
+        "tokens that true experts of the layer got.",
+        "",
+        "| layer | true experts a token | null share of the slots | tokens with null experts only | "
+        "share of each true expert, from the first (%) |",
+        "|---|---|---|---|---|",
+    ]
+    counts = zip(routing["layers"], routing["tokens_by_true_experts"], routing["tokens_by_expert"], strict=True)
+    for layer, tokens_C, tokens_E in counts:
+        tokens = max(sum(tokens_C), 1)
+        load = sum(number * chosen for number, chosen in enumerate(tokens_C)) / tokens
+        lines.append(
+            f"| {layer} | {load:.3f} | {1 - load / top_k:.3f} | {tokens_C[0] / tokens:.3f} | {_shares(tokens_E)} |"
+        )
+    return "\n".join(lines)
+
+
+def _shares(tokens_E: list[int]) -> str:
+    """Return each expert's share of a layer's tokens; of many experts the largest and the smallest by number."""
+    total = max(sum(tokens_E), 1)
+    if len(tokens_E) <= _MOST_LISTED:
+        return " ".join(f"{100 * tokens / total:.1f}" for tokens in tokens_E)
+    order = sorted(range(len(tokens_E)), key=tokens_E.__getitem__, reverse=True)
+    most, least = (
+        ", ".join(f"{100 * tokens_E[expert] / total:.1f} (expert {expert})" for expert in some)
+        for some in (order[:3], order[-3:])
+    )
+    idle = sum(not tokens for tokens in tokens_E)
+    return (
+        f"{100 / len(tokens_E):.1f} at balance; most {most}; least {least}; {idle} of {len(tokens_E)} without a token"
+    )
 
 
 def _number(record: dict[str, Any], name: str) -> str:
@@ -226,21 +258,3 @@ def _citation() -> str:
 
 The method: Zihao Zeng et al., AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models,
 arXiv 2406.13233. The software: adamoe_dist, version {__version__}."""
-
-
-def _layers(directory: Path, step: int) -> list[dict[str, float]]:
-    """Return the last scalars of each MoE layer up to ``step`` from TensorBoard's files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    layers: dict[int, dict[str, float]] = {}
-    for tag in events.Tags()["scalars"]:
-        kind, _, rest = tag.partition("/")
-        name, _, number = rest.rpartition("/")
-        if kind != "layers" or name not in _LAYER_COLUMNS:
-            continue
-        values = [event.value for event in events.Scalars(tag) if event.step <= step]
-        if values:
-            layers.setdefault(int(number), {})[name] = values[-1]
-    return [layers[number] for number in sorted(layers)]

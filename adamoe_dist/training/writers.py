@@ -1,10 +1,10 @@
-"""Where metrics go, on rank 0: ``metrics.jsonl``, and by tags to TensorBoard, CSV files and Weights & Biases."""
+"""Where metrics go, on rank 0: JSON lines, and by tags to TensorBoard, CSV files and Weights & Biases."""
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -93,15 +93,19 @@ class JsonlWriter:
         self._file.writelines(line + "\n" for line in kept)
         self._file.flush()
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Add one record; numbers that are NaN or infinite, for which JSON has no words, become null."""
-        plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        plain = {name: None if _is_not_finite(value) else value for name, value in record.items()}
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: str) -> float:
@@ -133,6 +137,16 @@ def routing_counts(layers: Mapping[int, RoutingRecord]) -> RoutingCounts:
     )
 
 
+def counts_record(step: int, counts: RoutingCounts) -> dict[str, Any]:
+    """Return a line of ``routing.jsonl``: for each MoE layer the counts of :class:`RoutingCounts`."""
+    return {
+        "step": step,
+        "layers": list(counts.layers),
+        "tokens_by_true_experts": counts.tokens_by_load_LC.tolist(),
+        "tokens_by_expert": counts.tokens_by_expert_LE.tolist(),
+    }
+
+
 class ScalarWriter(Protocol):
     """What every writer of tagged scalars can."""
 
@@ -144,7 +158,7 @@ class ScalarWriter(Protocol):
 
 
 class Board:
-    """The writers of tagged scalars that a run asks for. Pictures and texts are TensorBoard's alone."""
+    """The writers of tagged scalars that a run asks for, and of counts. Pictures and texts are TensorBoard's alone."""
 
     def __init__(self, config: Config, first_step: int) -> None:
         """Open the writers of a run that goes on after ``first_step``."""
@@ -157,16 +171,20 @@ class Board:
             self._writers.append(WandbWriter(config))
         if self._tensorboard:
             self._tensorboard.write_start(config)
+        self._counts = JsonlWriter(run_dir / "routing.jsonl", first_step)
         self._image_interval = monitor.image_interval
         self._last_picture: int | None = None
 
     def write(self, record: Record, layers: Mapping[int, RoutingRecord], is_last: bool = False) -> None:
-        """Add one record and that of each MoE layer; pictures where they are due or none follows."""
+        """Add one record and that of each MoE layer; counts and pictures where they are due or none follow."""
         step, scalars = int(record["step"]), scalars_of(record, layers)
         for writer in self._writers:
             writer.write_scalars(scalars, step)
-        if self._tensorboard and layers and (is_last or self._is_picture_due(step)):
-            self._tensorboard.write_routing(routing_counts(layers), step)
+        if layers and (is_last or self._is_picture_due(step)):
+            counts = routing_counts(layers)
+            self._counts.write(counts_record(step, counts))
+            if self._tensorboard and self._image_interval is not None:
+                self._tensorboard.write_routing(counts, step)
             self._last_picture = step
 
     def write_text(self, tag: str, text: str, step: int) -> None:
@@ -181,6 +199,7 @@ class Board:
 
     def close(self) -> None:
         """Close the writers."""
+        self._counts.close()
         for writer in self._writers:
             writer.close()
 

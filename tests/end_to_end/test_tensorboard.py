@@ -167,6 +167,23 @@ def test_histograms_hold_the_exact_counts(server) -> None:
     assert (found[of_layers[1]] * np.arange(4)).sum() / (16 * 32) == pytest.approx(load)
 
 
+def test_counts_are_a_line_for_each_set_of_pictures(board) -> None:
+    """Also over a resumption, and the same of a run that drew other pictures."""
+    watched, plain = (
+        [json.loads(line) for line in (board / name / "routing.jsonl").read_text().splitlines()]
+        for name in ("watched", "plain")
+    )
+    assert [line["step"] for line in watched] == [2, 4, 6, 8, 12] and [line["step"] for line in plain] == [2, 12]
+    assert watched[-1] == plain[-1]
+    records = {record["step"]: record for record in metrics_of(board / "watched")}
+    for line in watched:
+        assert line["layers"] == [0, 1]
+        chosen, rows = np.array(line["tokens_by_true_experts"]), np.array(line["tokens_by_expert"])
+        assert chosen.sum(axis=1).tolist() == [16 * 32] * 2
+        assert (chosen @ np.arange(4)).tolist() == rows.sum(axis=1).tolist()
+        assert rows.sum() / (2 * 16 * 32) == pytest.approx(records[line["step"]]["true_experts_per_token"])
+
+
 def test_heat_maps_are_pictures(server) -> None:
     tags = server.tags("images")["watched/tensorboard"]
     assert set(tags) == {"heat_map/expert_load", "heat_map/true_experts"}

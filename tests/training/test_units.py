@@ -8,7 +8,7 @@ from adamoe_dist.errors import UserError
 from adamoe_dist.parallel import optimizer as optimizer_module
 from adamoe_dist.training.display import duration
 from adamoe_dist.training.schedules import balance_coefficient, learning_rate
-from adamoe_dist.training.writers import JsonlWriter
+from adamoe_dist.training.writers import LAYER_SCALARS, Board, JsonlWriter
 
 
 def test_learning_rate_warms_up_then_decays_to_the_floor() -> None:
@@ -79,6 +79,27 @@ def test_a_new_run_starts_an_empty_file(tmp_path) -> None:
     path.write_text('{"step": 0}\n{"step": 10}\n')
     JsonlWriter(path, first_step=0).close()
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(4, [2, 4, 10]), (None, [10])])
+def test_counts_are_kept_without_tensorboard_and_end_with_the_run(tmp_path, interval, steps) -> None:
+    changes = {"tensorboard": False, "image_interval": interval}
+    config = config_from_dict({"run": {"dir": str(tmp_path)}, "monitor": changes})
+    layer = SimpleNamespace(
+        **dict.fromkeys(LAYER_SCALARS, 1.0),
+        rows={},
+        sent_bytes={},
+        tokens_by_load=(1, 2),
+        tokens_by_expert=(2, 0),
+    )
+    board = Board(config, first_step=0)
+    for step in (2, 4, 6, 10):
+        board.write({"step": step}, {3: layer}, is_last=step == 10)
+    board.close()
+    lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
+    assert [line.pop("step") for line in lines] == steps
+    assert lines[-1] == {"layers": [3], "tokens_by_true_experts": [[1, 2]], "tokens_by_expert": [[2, 0]]}
+    assert [path.name for path in tmp_path.iterdir()] == ["routing.jsonl"]
 
 
 @pytest.mark.parametrize(
