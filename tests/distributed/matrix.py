@@ -89,16 +89,12 @@ class Cell:
     def is_quick(self) -> bool:
         """Whether ``make test`` runs the cell; all are run by ``make test-full``.
 
-        Every layout under stage 2; stage 3 and AdamW in bf16 with each degree alone, stage 0 with three of them.
+        Every layout under stage 2; the other stages, and AdamW in bf16, with three degrees alone, and with pipelines.
         """
-        is_one_degree = self.world == 2 and " " not in self.layout
+        is_basic = self.layout in ("DP2", "EP2", "TP2")
         if self.precision == "fp32" and self.optimizer == "sgd":
-            return (
-                self.stage == 2
-                or (is_one_degree and self.stage == 3)
-                or (self.layout in ("DP2", "EP2", "TP2") and self.stage == 0)
-            )
-        return is_one_degree and self.stage == 1 and self.precision == "bf16"
+            return self.stage == 2 or (is_basic and self.stage in (0, 3))
+        return (is_basic or self.layout == "PP2") and self.stage == 1 and self.precision == "bf16"
 
     @property
     def is_tied(self) -> bool:

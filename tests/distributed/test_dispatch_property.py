@@ -33,6 +33,8 @@ EXAMPLES = {
     Layout(expert_tensor=4): 15,
     Layout(expert=2, expert_tensor=2): 30,
 }
+QUICK = 3
+"""`make test` draws one in so many of the examples."""
 
 
 def compute(example: Example) -> dict[str, torch.Tensor]:
@@ -123,10 +125,11 @@ def examples(draw: Any, layout: Layout) -> Example:
 
 
 @pytest.mark.parametrize("layout", EXAMPLES, ids=str)
-def test_any_routing_gives_the_dense_loops_values_and_gradients(ranks_of, layout):
+@pytest.mark.parametrize("part", [QUICK, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_any_routing_gives_the_dense_loops_values_and_gradients(ranks_of, layout, part):
     opened = Opened(ranks_of, layout)
 
-    @settings(max_examples=EXAMPLES[layout], deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES[layout] // part, deadline=None, suppress_health_check=list(HealthCheck))
     @given(examples(layout))
     def check(example: Example) -> None:
         results = opened.run(example)

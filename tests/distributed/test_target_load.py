@@ -46,7 +46,7 @@ def test_the_bias_stays_fp32_in_bf16_training(ranks_of) -> None:
     assert any((bias != bias.bfloat16().float()).any() for bias in outcomes[0].biases.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_resumed_run_has_the_same_bits(ranks_of, tmp_path: Path, precision: str) -> None:
     layout = Layout(expert_parallel=2, precision=precision, changes=HELD)
     expected = ranks_of(2).run(checks.train_and_save, layout, tmp_path, 2, 2)[0]

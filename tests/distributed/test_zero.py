@@ -79,7 +79,7 @@ def assert_alike(outcome: Outcome, expected: Outcome, tolerance: float) -> None:
 VARIANTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(1, "bf16"), (2, "fp32"), (3, "fp32")]))
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(2, "fp32"), (3, "fp32")]))
 def test_order_of_passes_does_not_matter(ranks_of, stage, precision):
     """A pipeline runs several backward passes with no forward pass between them.
 
@@ -129,7 +129,7 @@ def test_stage_3_differs_from_stage_1_by_the_order_of_one_sum(ranks_of):
     assert_alike(stage_3, plain, 5e-5)
 
 
-@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(2, "fp32"), (3, "fp32")]))
+@pytest.mark.parametrize(("stage", "precision"), quick(VARIANTS, [(2, "fp32")]))
 def test_many_small_buckets_train_alike(ranks_of, stage, precision):
     """The other tests' models fit in one bucket; here one is smaller than the largest weight, as a step's part is."""
     sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size"), 3000)

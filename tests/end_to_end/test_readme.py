@@ -96,7 +96,7 @@ def test_default_command_prepares_its_data_and_trains(checkout) -> None:
         pytest.param(covered("parallel.expert=8"), marks=pytest.mark.slow),
         pytest.param(covered("parallel.expert=2"), marks=pytest.mark.slow),
         covered("run.name=top2"),
-        covered("run.name=held"),
+        pytest.param(covered("run.name=held"), marks=pytest.mark.slow),
         covered("run.name=cut"),
     ],
 )
