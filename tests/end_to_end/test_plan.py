@@ -75,12 +75,13 @@ def test_no_torch_is_loaded(workspace) -> None:
 def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int) -> None:
     """Planned from the load that the run had after its warm-up, rows are near its own, bytes too.
 
-    Experts of a small router are not used alike: in runs of the quickstart's size it is 0 to 2.3 %.
+    Experts of a small router are not used alike: in runs of the quickstart's size it is 0 to 2.3 %. With a high
+    learning rate the first steps send most tokens to a few experts, of which no plan knows.
     """
     options = ["train.steps=24", "train.global_batch_size=24", "train.validation_interval=null", "data.validation=[]"]
     options += ["model.hidden_size=128", "model.num_attention_heads=4", "model.sequence_length=128"]
     options += ["monitor.log_interval=1", "monitor.tensorboard=false", "monitor.sample_tokens=0"]
-    options += ["train.micro_batch_size=6", "moe.expert_hidden_size=128"]
+    options += ["train.micro_batch_size=6", "moe.expert_hidden_size=128", "optimizer.learning_rate=0.0003"]
     run = tmp_path / "run"
     done = run_command(torchrun(ranks, "--config", "small.yaml", f"run.dir={run}", *options), workspace)
     assert done.returncode == 0, done.stderr
