@@ -16,7 +16,7 @@ PYTEST := -m pytest -q --durations=10
 # These tests are of the CPU, also where there are GPUs; `make test-gpu` has the others.
 ON_CPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: help quickstart test test-fast test-full test-compat test-gpu parallelism-table lint format clean
+.PHONY: help quickstart browser test test-fast test-full test-compat test-gpu parallelism-table lint format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,13 @@ quickstart: .venv/.installed ## Train a small AdaMoE model on this Python's own 
 	resume=$$([ -d runs/quickstart/checkpoints ] && echo checkpoint.resume=auto || true); \
 	echo "== deepspeed --quiet --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml $$resume"; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --quiet --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml $$resume
+
+browser: ## Install Debian's Chromium, in which some tests look at pages (needs root)
+	@for program in chromium chromedriver; do command -v $$program >/dev/null || missing=1; done; \
+	if [ -z "$${missing:-}" ]; then echo "== Chromium and chromedriver are installed"; exit 0; fi; \
+	echo "== installing Chromium and chromedriver"; \
+	apt-get update -qq; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
 
 test: .venv/.installed ## Run the tests (under 30 minutes on 2 cores)
 	@echo "== tests, without those marked slow"

@@ -19,7 +19,7 @@ from PIL import Image
 from adamoe_dist.monitoring import QUESTIONS
 from tests.end_to_end.conftest import REPOSITORY, metrics_of
 from tests.end_to_end.nursery import text_of
-from tests.inspection.browser import MISSING, Browser
+from tests.inspection.browser import Browser, needs_browser
 
 pytestmark = pytest.mark.end_to_end
 
@@ -250,8 +250,6 @@ def test_every_tag_that_is_written_is_explained(server) -> None:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if MISSING:
-        pytest.skip(MISSING)
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
@@ -265,6 +263,7 @@ def seen(browser: Browser, script: str, enough: Any) -> list[Any]:
     return list(found)
 
 
+@needs_browser
 def test_the_first_page_in_a_browser(server, browser) -> None:
     browser.visit(f"{server.address}/#custom_scalars")
     texts = seen(browser, TEXTS, lambda texts: set(QUESTIONS) <= set(texts))
@@ -282,6 +281,7 @@ def test_the_first_page_in_a_browser(server, browser) -> None:
         time.sleep(0.5)
 
 
+@needs_browser
 def test_the_heat_maps_in_a_browser(server, browser) -> None:
     browser.visit(f"{server.address}/#images")
     boxes = seen(browser, PICTURES, lambda boxes: len(boxes) >= 2)

@@ -7,11 +7,11 @@ import pytest
 
 from adamoe_dist.inspection import all_figures, analyse, render_page
 from adamoe_dist.inspection.drawing import palette
-from tests.inspection.browser import MISSING, Browser
+from tests.inspection.browser import Browser, needs_browser
 from tests.inspection.records import PHRASE, routing_of, text_of
 from tests.inspection.test_page import HOSTILE
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = needs_browser
 
 TOKENS = PHRASE * 30
 RIGHT, DOWN, END, TAB = "\ue014", "\ue015", "\ue010", "\ue004"
