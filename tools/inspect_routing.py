@@ -10,7 +10,7 @@ from adamoe_dist.errors import UserError
 
 platform.prepare()
 
-from adamoe_dist.inspection import Request, inspect_routing, summarise, write_report  # noqa: E402
+from adamoe_dist.inspection import Request, inspect_routing, left_out, summarise, write_report  # noqa: E402
 
 
 def _parser() -> ToolParser:
@@ -88,7 +88,9 @@ def main(argv: list[str]) -> None:
     written = write_report(analysis, Path(options.output), png_dir, json_file)
     for sentence in summarise(analysis):
         say(sentence)
-    say(f"written: {', '.join(str(path) for path in written[:3])}" + (" ..." if len(written) > 3 else ""))
+    names = ", ".join(str(path) for path in written[:3]) + (" ..." if len(written) > 3 else "")
+    partial = left_out(analysis.text)
+    say(f"written: {names}" + (f"; {partial}" if partial else ""))
 
 
 if __name__ == "__main__":

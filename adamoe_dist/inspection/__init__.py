@@ -6,13 +6,14 @@ from adamoe_dist.inspection.collect import TextFile, collect_routing, cut_text, 
 from adamoe_dist.inspection.figures import all_figures
 from adamoe_dist.inspection.page import render_page
 from adamoe_dist.inspection.png import write_png
-from adamoe_dist.inspection.record import LayerRoutes, Routing, TokenizedText
+from adamoe_dist.inspection.record import FilePart, LayerRoutes, Routing, TokenizedText
 from adamoe_dist.inspection.report import Request, inspect_routing, write_report
-from adamoe_dist.inspection.summary import summarise
+from adamoe_dist.inspection.summary import left_out, summarise
 
 __all__ = [
     "Analysis",
     "Comparison",
+    "FilePart",
     "Grouping",
     "LayerRoutes",
     "Request",
@@ -25,6 +26,7 @@ __all__ = [
     "collect_routing",
     "cut_text",
     "inspect_routing",
+    "left_out",
     "read_text_files",
     "render_page",
     "summarise",

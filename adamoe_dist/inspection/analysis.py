@@ -90,6 +90,7 @@ class Analysis:
             "num_null_experts": self.routing.num_null,
             "top_k": self.routing.top_k,
             "sources": list(self.text.sources),
+            "files": [asdict(part) for part in self.text.parts],
             "context": self.text.context,
             "overall": asdict(self.overall),
             "layers": [asdict(load) for load in self.layers],

@@ -12,10 +12,13 @@ import torch
 from adamoe_dist.errors import UserError
 from adamoe_dist.inference import OpenedModel, RouterChoice, routers_of, watch_routers
 from adamoe_dist.inspection.comparison import refuse_other_tokens
-from adamoe_dist.inspection.pieces import token_texts
-from adamoe_dist.inspection.record import LayerRoutes, Routing, TokenizedText
+from adamoe_dist.inspection.pieces import name_of, token_texts
+from adamoe_dist.inspection.record import FilePart, LayerRoutes, Routing, TokenizedText
 
 DEFAULT_CONTEXT = 2048
+COUNTED_CHARACTERS = 4_000_000
+"""Of a longer file only the part that is read is cut into tokens."""
+_MARGIN = 1000  # tokens next to a cut may be others than in the whole text
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -41,7 +44,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UserError(f"--text {path} cannot be read ({error.strerror}); give a file of text") from error
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"--text {path} is not UTF-8 at byte {error.start}; convert it (iconv -t UTF-8) or give another file"
@@ -54,7 +57,8 @@ def _read(path: Path) -> str:
 def cut_text(opened: OpenedModel, files: Sequence[TextFile], context: int, max_tokens: int | None) -> TokenizedText:
     """Cut files into tokens, of which the first ``max_tokens`` are kept, and into windows of ``context``.
 
-    Each file begins a window, with the token that stands before a document; it is read and not counted.
+    Of a file longer than ``COUNTED_CHARACTERS`` no more is cut than needed. Each file begins a window, with the token
+    that stands before a document; it is read and not counted.
 
     Raises:
         UserError: the tokenizer keeps nothing of a file.
@@ -63,22 +67,44 @@ def cut_text(opened: OpenedModel, files: Sequence[TextFile], context: int, max_t
     texts: list[str] = []
     positions: list[int] = []
     numbers: list[int] = []
+    parts: list[FilePart] = []
     for number, file in enumerate(files):
-        of_file = list(opened.tokenizer.encode(file.text, add_special_tokens=False))
-        if max_tokens is not None:
-            of_file = of_file[: max_tokens - len(ids)]
+        left = None if max_tokens is None else max_tokens - len(ids)
+        if left == 0:
+            parts.append(FilePart(file.source, 0, None, 0.0))
+            continue
+        all_ids, is_counted = _encode(opened.tokenizer, file.text, left)
+        of_file = all_ids[:left]
         if not of_file:
-            if len(ids) == max_tokens:
-                break
             raise UserError(f"--text {file.source} has no text that the tokenizer keeps; give another file")
         ids += of_file
-        texts += token_texts(of_file, lambda part: _decode(opened.tokenizer, part))
+        of_texts = token_texts(of_file, lambda part: _decode(opened.tokenizer, part))
+        texts += of_texts
         positions += [(place + 1) % context for place in range(len(of_file))]
         numbers += [number] * len(of_file)
-    kept = tuple(file.source for file in files[: numbers[-1] + 1])
-    return TokenizedText(
-        kept, np.array(ids), tuple(texts), np.array(positions), np.array(numbers, dtype=np.int32), context
-    )
+        share = len("".join(of_texts).encode()) / len(file.text.encode())
+        parts.append(FilePart(file.source, len(of_file), len(all_ids) if is_counted else None, min(share, 1.0)))
+    kept = tuple(part.source for part in parts if part.read)
+    ids_T, files_T = np.array(ids), np.array(numbers, dtype=np.int32)
+    names = _names(opened.tokenizer, sorted(set(ids)))
+    return TokenizedText(kept, ids_T, tuple(texts), np.array(positions), files_T, context, names, tuple(parts))
+
+
+def _encode(tokenizer: Any, text: str, wanted: int | None) -> tuple[list[int], bool]:
+    """Return the first tokens of a text, ``wanted`` or more where it has them, and whether they are all."""
+    length = COUNTED_CHARACTERS
+    while True:
+        ids = list(tokenizer.encode(text[:length], add_special_tokens=False))
+        if length >= len(text):
+            return ids, True
+        if wanted is not None and len(ids) >= wanted + _MARGIN:
+            return ids, False
+        length *= 2
+
+
+def _names(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    return {one: name_of(piece, _decode(tokenizer, [one])) for one, piece in zip(ids, pieces, strict=True)}
 
 
 def check_same_tokens(text: TokenizedText, opened: OpenedModel, files: Sequence[TextFile], name: str) -> None:
@@ -88,8 +114,9 @@ def check_same_tokens(text: TokenizedText, opened: OpenedModel, files: Sequence[
         UserError: it does.
     """
     ids: list[int] = []
-    for file in files[: len(text.sources)]:
-        ids += opened.tokenizer.encode(file.text, add_special_tokens=False)
+    for file, part in zip(files, text.parts, strict=True):
+        if part.read:
+            ids += _encode(opened.tokenizer, file.text, part.read)[0]
     refuse_other_tokens(text, ids[: len(text)], name)
 
 

@@ -10,7 +10,7 @@ from adamoe_dist.inspection.comparison import Difference
 from adamoe_dist.inspection.drawing import Drawing, escaped, palette, shown, to_svg
 from adamoe_dist.inspection.payload import as_script_data, payload
 from adamoe_dist.inspection.statistics import MINIMUM_COUNT, MINIMUM_REPEATS, Load
-from adamoe_dist.inspection.summary import summarise
+from adamoe_dist.inspection.summary import left_out, summarise
 from adamoe_dist.inspection.tokens_html import text_html
 
 LISTED = 20
@@ -96,6 +96,7 @@ def _section(name: str, title: str, body: str) -> str:
 
 def _head(analysis: Analysis) -> str:
     routing, text = analysis.routing, analysis.text
+    partial = left_out(text)
     compared = ""
     if analysis.comparison is not None:
         compared = f"<dt>Other model</dt><dd>{escaped(analysis.comparison.other.description)}</dd>"
@@ -105,7 +106,7 @@ def _head(analysis: Analysis) -> str:
         f"<dt>Experts</dt><dd>{len(routing.layers)} layers of {routing.num_experts} true and {routing.num_null} null "
         f"experts, {routing.top_k} slots a token</dd>"
         f"<dt>Text</dt><dd>{escaped(', '.join(text.sources))}: {len(text):,} tokens, read in windows of "
-        f"{text.context:,}</dd></dl></header>"
+        f"{text.context:,}{escaped(f'; {partial}' if partial else '')}</dd></dl></header>"
     )
 
 

@@ -3,6 +3,7 @@
 Axes: T tokens, E true experts, L layers with experts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,41 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
+@dataclass(frozen=True)
+class FilePart:
+    """How much of a file was read.
+
+    Attributes:
+        source: the file.
+        read: its tokens that were read, from its start; 0: it was not read.
+        tokens: all its tokens; None: not counted.
+        bytes_share: part of its bytes (UTF-8) that the tokens read stand for.
+    """
+
+    source: str
+    read: int
+    tokens: int | None
+    bytes_share: float
+
+    @property
+    def is_whole(self) -> bool:
+        """All of the file was read."""
+        return self.read == self.tokens
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedText:
     """A text cut into tokens and windows.
 
     Attributes:
-        sources: the files, in order.
+        sources: the files that were read, in order.
         ids_T: token ids.
         texts: what each token stands for. Of the tokens that make up one character, the last one has it.
         positions_T: positions in the window that the model reads, from 0; what stands before a document counts.
         files_T: indices into ``sources``.
         context: the longest window.
+        names: how each id is called where its text does not say it.
+        parts: how much was read of each file that was given.
     """
 
     sources: tuple[str, ...]
@@ -31,16 +56,27 @@ class TokenizedText:
     positions_T: Array
     files_T: Array
     context: int
+    names: Mapping[int, str]
+    parts: tuple[FilePart, ...]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def places(self, minimum: int) -> list[tuple[str, Array]]:
-        """Return the text and the indices of each token id that occurs ``minimum`` times or more."""
+        """Return the label and the indices of each token id that occurs ``minimum`` times or more.
+
+        The label is its text, or its name where it has not the same text everywhere (it ends several characters) or
+        none.
+        """
         order_T = np.argsort(self.ids_T, kind="stable")
         changes = np.nonzero(np.diff(self.ids_T[order_T]))[0] + 1
         found = [place for place in np.split(order_T, changes) if len(place) >= minimum]
-        return [(self.texts[place[0]], place) for place in found]
+        return [(self._label(place), place) for place in found]
+
+    def _label(self, places: Array) -> str:
+        texts = {self.texts[place] for place in places}
+        only = texts.pop()
+        return self.names[int(self.ids_T[places[0]])] if texts or not only else only
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from adamoe_dist.inspection.analysis import Analysis, Comparison
 from adamoe_dist.inspection.comparison import Difference
 from adamoe_dist.inspection.drawing import shown
 from adamoe_dist.inspection.experts import Preference
+from adamoe_dist.inspection.record import FilePart, TokenizedText
 from adamoe_dist.inspection.statistics import MINIMUM_COUNT, Load
 
 ERRORS = 3.0
@@ -20,6 +21,8 @@ _LISTED = 5
 def summarise(analysis: Analysis) -> list[str]:
     """Return the sentences that lead a report."""
     sentences = [*_overall(analysis)]
+    if partial := left_out(analysis.text):
+        sentences.append(f"{partial[:1].upper()}{partial[1:]}.")
     if analysis.routing.num_null:
         sentences += _classes(analysis)
         sentences += _frequency(analysis)
@@ -31,6 +34,31 @@ def summarise(analysis: Analysis) -> list[str]:
     if analysis.comparison is not None:
         sentences += _comparison(analysis, analysis.comparison)
     return sentences
+
+
+def left_out(text: TokenizedText) -> str:
+    """Say which part of the files was read; "" where it was all."""
+    whole = [part.source for part in text.parts if part.is_whole]
+    cut = [part for part in text.parts if part.read and not part.is_whole]
+    unread = [part.source for part in text.parts if not part.read]
+    if not cut and not unread:
+        return ""
+    parts = [f"all of {_names(whole)}"] if whole else []
+    parts += [_cut(part) for part in cut]
+    parts += [f"not read: {_names(unread)}"] if unread else []
+    return f"only part of the text was read: {'; '.join(parts)}"
+
+
+def _cut(part: FilePart) -> str:
+    if part.tokens is None:
+        percent = f"{100 * part.bytes_share:{'.0f' if part.bytes_share > 0.1 else '.2g'}}"
+        return f"the first {part.read:,} tokens of {part.source} ({percent} % of its bytes)"
+    return f"the first {part.read:,} of {part.tokens:,} tokens of {part.source}"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def differs(load: Load, overall: Load) -> bool:

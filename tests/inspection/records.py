@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from adamoe_dist.inspection import LayerRoutes, Routing, TokenizedText
+from adamoe_dist.inspection import FilePart, LayerRoutes, Routing, TokenizedText
 
 PHRASE = ["The", " cat", " sat", " on", " the", " mat", ",", " and", " 12", " dogs", " ran", ".", "\n"]
 
@@ -18,7 +18,11 @@ def text_of(tokens: list[str], context: int = 8, files: int = 1) -> TokenizedTex
         previous = number
     sources = tuple(f"file {number}.txt" for number in range(files))
     positions = np.array(places) % context
-    return TokenizedText(sources, np.array([ids[one] for one in tokens]), tuple(tokens), positions, cut, context)
+    names = {number: f"<{number}>" for number in ids.values()}
+    counts = np.bincount(cut, minlength=files).tolist()
+    parts = tuple(FilePart(source, count, count, 1.0) for source, count in zip(sources, counts, strict=True))
+    ids_T = np.array([ids[one] for one in tokens])
+    return TokenizedText(sources, ids_T, tuple(tokens), positions, cut, context, names, parts)
 
 
 def routing_of(

@@ -3,7 +3,7 @@
 import pytest
 
 from adamoe_dist.inspection.classes import classify, frequency_bands
-from adamoe_dist.inspection.pieces import token_texts
+from adamoe_dist.inspection.pieces import name_of, token_texts
 from adamoe_dist.inspection.words import kind_of, looks_like_code, word_spans
 
 
@@ -142,3 +142,17 @@ def test_the_texts_of_tokens_make_up_the_text():
     texts = token_texts(ids, decode)
     assert texts[:10] == ["The", " c", "", "ö", "", "", "", "🙂", "!", " "]
     assert len(texts) == len(ids) and "".join(texts) == decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("piece", "alone", "name"),
+    [
+        ("<0xB8>", "\ufffd", "<0xB8>"),  # byte fallback
+        ("\u0120\u00d0", " \ufffd", " <0xD0>"),  # byte level: a space and half a letter
+        ("\u00f0\u0141\u013b", "\ufffd", "<0xF0><0x9F><0x99>"),
+        ("\u2581The", "The", " The"),
+        ("\u00e9", "\u00e9", "\u00e9"),
+    ],
+)
+def test_tokens_without_a_text_of_their_own_are_named_by_their_piece(piece, alone, name):
+    assert name_of(piece, alone) == name

@@ -1,12 +1,14 @@
 """What is written down against each router's own logits, for a model of this project and for another family's."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from adamoe_dist.errors import UserError
 from adamoe_dist.inference import open_model
-from adamoe_dist.inspection import TextFile, collect_routing, cut_text
+from adamoe_dist.inspection import FilePart, TextFile, collect_routing, cut_text, left_out, read_text_files
 from adamoe_dist.inspection.collect import check_same_tokens
 from tests.inference.tiny import TEXT, save_model
 
@@ -34,6 +36,48 @@ def test_texts_positions_and_files(models):
     assert "" in text.texts, "characters of several tokens"
     short = cut_text(models["adamoe"], FILES, context=16, max_tokens=21)
     assert len(short) == 21 and short.texts == text.texts[:21] and short.sources == ("a.txt",)
+
+
+def test_an_id_that_ends_several_characters_is_called_by_its_byte(models):
+    """Two letters that end with the same byte and have no token of their own."""
+    opened = models["adamoe"]
+    text = cut_text(opened, [TextFile("c.txt", "\u0120\u00e0" * 8)], context=16, max_tokens=None)
+    assert [one for one in text.texts if one] == ["\u0120", "\u00e0"] * 8
+    assert {label: len(places) for label, places in text.places(8)} == {"<0xC4>": 8, "<0xA0>": 16, "<0xC3>": 8}
+
+
+def test_what_was_not_read_is_known(models, monkeypatch):
+    opened = models["adamoe"]
+    text = cut_text(opened, FILES, context=16, max_tokens=None)
+    first, second = (int((text.files_T == number).sum()) for number in (0, 1))
+    assert text.parts == (FilePart("a.txt", first, first, 1.0), FilePart("b.txt", second, second, 1.0))
+    assert left_out(text) == ""
+    short = cut_text(opened, FILES, context=16, max_tokens=21)
+    share = len("".join(short.texts).encode()) / len(FILES[0].text.encode())
+    assert short.parts == (FilePart("a.txt", 21, first, share), FilePart("b.txt", 0, None, 0.0))
+    assert left_out(short).endswith(f": the first 21 of {first} tokens of a.txt; not read: b.txt")
+    more = cut_text(opened, FILES, context=16, max_tokens=first + 5)
+    assert left_out(more).endswith(f": all of a.txt; the first 5 of {second} tokens of b.txt")
+
+    encoded = []
+    monkeypatch.setattr("adamoe_dist.inspection.collect.COUNTED_CHARACTERS", 100)
+    monkeypatch.setattr("adamoe_dist.inspection.collect._MARGIN", 10)
+    long = [TextFile("a.txt", FILES[0].text * 100), FILES[1]]
+    whole = opened.tokenizer.encode(long[0].text, add_special_tokens=False)
+    encode = opened.tokenizer.encode
+    monkeypatch.setattr(
+        opened.tokenizer, "encode", lambda text, **options: (encoded.append(len(text)), encode(text, **options))[1]
+    )
+    some = cut_text(opened, long, context=16, max_tokens=300)
+    assert some.ids_T.tolist() == whole[:300] and some.parts[0].tokens is None
+    assert max(encoded) < len(long[0].text) / 4, "a long file is not cut whole"
+    assert re.search(r": the first 300 tokens of a.txt \([\d.]+ % of its bytes\); not read: b.txt$", left_out(some))
+    check_same_tokens(some, opened, long, "itself")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("word", encoding="utf-8-sig")
+    assert read_text_files([str(tmp_path / "a.txt")])[0].text == "word"
 
 
 @pytest.mark.parametrize("family", ["adamoe", "mixtral"])
