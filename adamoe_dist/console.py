@@ -22,8 +22,9 @@ def fail(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """Print one line of a tool's result on standard output."""
-    print(message, flush=True)
+    """Print one line of a tool's result on standard output, with escapes for what its encoding has not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def is_terminal(stream: TextIO) -> bool:

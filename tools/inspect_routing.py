@@ -1,7 +1,6 @@
 """Show which tokens of a text use many experts, and which are left to null experts: a page to read in a browser."""
 
 import argparse
-import os
 from pathlib import Path
 
 from adamoe_dist import platform
@@ -10,7 +9,7 @@ from adamoe_dist.errors import UserError
 
 platform.prepare()
 
-from adamoe_dist.inspection import Request, inspect_routing, left_out, summarise, write_report  # noqa: E402
+from adamoe_dist.inspection import Outputs, Request, inspect_routing, left_out, summarise, write_report  # noqa: E402
 
 
 def _parser() -> ToolParser:
@@ -37,41 +36,19 @@ def _parser() -> ToolParser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.max_tokens < 1:
-        raise UserError(f"--max-tokens {options.max_tokens}: give 1 or more")
-    for name in ("output", "json"):
-        value = getattr(options, name)
-        if value is None:
-            continue
-        path = Path(value)
-        if path.is_dir():
-            raise UserError(f"--{name} {value} is a directory; name a file in it")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"--{name} {value}: its directory does not exist; make it first")
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise UserError(f"--{name} {value} cannot be written; choose another place")
-        if path.exists() and not options.overwrite:
-            raise UserError(f"--{name} {value} exists already; choose another name or add --overwrite")
-    if options.png_dir is not None:
-        _check_directory(Path(options.png_dir), options.overwrite)
-
-
-def _check_directory(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--png-dir {path} is a file; name a directory")
-    if path.is_dir() and any(path.glob("*.png")) and not overwrite:
-        raise UserError(f"--png-dir {path} has pictures already; choose another directory or add --overwrite")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--png-dir {path} cannot be made ({error.strerror}); choose another directory") from error
+def _outputs(options: argparse.Namespace) -> Outputs:
+    files = [None if name is None else Path(name) for name in (options.json, options.png_dir)]
+    outputs = Outputs(Path(options.output), *files)
+    outputs.check(options.text, options.overwrite)
+    return outputs
 
 
 def main(argv: list[str]) -> None:
     """Write a report as the command line says."""
     options = _parser().parse_args(argv)
-    _check(options)
+    if options.max_tokens < 1:
+        raise UserError(f"--max-tokens {options.max_tokens}: give 1 or more")
+    outputs = _outputs(options)
     request = Request(
         options.checkpoint,
         tuple(options.text),
@@ -83,9 +60,7 @@ def main(argv: list[str]) -> None:
         options.tokenizer,
     )
     analysis = inspect_routing(request)
-    json_file = None if options.json is None else Path(options.json)
-    png_dir = None if options.png_dir is None else Path(options.png_dir)
-    written = write_report(analysis, Path(options.output), png_dir, json_file)
+    written = write_report(analysis, outputs)
     for sentence in summarise(analysis):
         say(sentence)
     names = ", ".join(str(path) for path in written[:3]) + (" ..." if len(written) > 3 else "")

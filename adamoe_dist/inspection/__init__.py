@@ -4,8 +4,9 @@ from adamoe_dist.inspection.analysis import Analysis, Comparison, analyse
 from adamoe_dist.inspection.classes import Grouping, classify
 from adamoe_dist.inspection.collect import TextFile, collect_routing, cut_text, read_text_files
 from adamoe_dist.inspection.figures import all_figures
+from adamoe_dist.inspection.outputs import Outputs
 from adamoe_dist.inspection.page import render_page
-from adamoe_dist.inspection.png import write_png
+from adamoe_dist.inspection.png import to_png
 from adamoe_dist.inspection.record import FilePart, LayerRoutes, Routing, TokenizedText
 from adamoe_dist.inspection.report import Request, inspect_routing, write_report
 from adamoe_dist.inspection.summary import left_out, summarise
@@ -16,6 +17,7 @@ __all__ = [
     "FilePart",
     "Grouping",
     "LayerRoutes",
+    "Outputs",
     "Request",
     "Routing",
     "TextFile",
@@ -30,6 +32,6 @@ __all__ = [
     "read_text_files",
     "render_page",
     "summarise",
-    "write_png",
+    "to_png",
     "write_report",
 ]

@@ -1,7 +1,9 @@
 """The pictures of a report. Axes: E true experts, C classes."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +16,10 @@ from adamoe_dist.inspection.record import Array, LayerRoutes
 from adamoe_dist.inspection.statistics import MINIMUM_COUNT, Load
 
 SHOWN_EXPERTS = 32
+_FIGURE = re.compile(
+    r"(load_by_(layer|position|class_\d+)|expert_load|(preferences|coactivation)_layer_\d{3,}"
+    r"|difference_by_(layer|class_\d+))\.png"
+)
 
 
 def load_chart(title: str, loads: Sequence[Load], analysis: Analysis, needs_support: bool = True) -> Drawing:
@@ -133,6 +139,11 @@ def all_figures(analysis: Analysis) -> dict[str, Drawing]:
                 title = f"Difference: {grouping.name} (tokens)"
                 figures[f"difference_by_class_{number}"] = difference_chart(title, differences)
     return figures
+
+
+def is_figure(path: Path) -> bool:
+    """Tell whether a file has the name of a picture of a report."""
+    return _FIGURE.fullmatch(path.name) is not None
 
 
 def _ratio_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Array) -> Drawing:

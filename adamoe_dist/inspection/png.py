@@ -1,6 +1,6 @@
 """Pictures as PNG files, in the light scheme."""
 
-from pathlib import Path
+import io
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -11,8 +11,8 @@ MARGIN = 12
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
-def write_png(drawing: Drawing, path: Path) -> None:
-    """Write a picture at twice its size, with its title above it."""
+def to_png(drawing: Drawing) -> bytes:
+    """Return a picture as a PNG file, at twice its size, with its title above it."""
     colours = palette()
     top = MARGIN + 2 * FONT_SIZE
     size = (int(SCALE * (drawing.width + 2 * MARGIN)), int(SCALE * (drawing.height + top + MARGIN)))
@@ -26,7 +26,9 @@ def write_png(drawing: Drawing, path: Path) -> None:
             canvas.line(shape)
         else:
             canvas.label(shape)
-    image.save(path)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 class _Canvas:

@@ -16,8 +16,9 @@ from adamoe_dist.inspection.collect import (
     read_text_files,
 )
 from adamoe_dist.inspection.figures import all_figures
+from adamoe_dist.inspection.outputs import Outputs
 from adamoe_dist.inspection.page import render_page
-from adamoe_dist.inspection.png import write_png
+from adamoe_dist.inspection.png import to_png
 from adamoe_dist.inspection.record import Routing, TokenizedText
 
 
@@ -65,23 +66,21 @@ def inspect_routing(request: Request) -> Analysis:
     return analyse(text, routing, _collect(other, text, "read with the other model"))
 
 
-def write_report(
-    analysis: Analysis, output: Path, png_dir: Path | None = None, json_file: Path | None = None
-) -> list[Path]:
-    """Write the page, and where asked for the pictures and the numbers; return the files."""
+def write_report(analysis: Analysis, outputs: Outputs) -> list[Path]:
+    """Write the page, and where asked for the pictures and the numbers; return the files.
+
+    Raises:
+        UserError: a file cannot be written; then none is.
+    """
     figures = all_figures(analysis)
-    written = [output]
-    output.write_text(render_page(analysis, figures), encoding="utf-8")
-    if json_file is not None:
-        json_file.write_text(json.dumps(analysis.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        written.append(json_file)
-    if png_dir is not None:
+    pictures = {}
+    if outputs.png_dir is not None:
         with progress(len(figures), "picture", "draw") as bar:
             for name, figure in figures.items():
-                write_png(figure, png_dir / f"{name}.png")
-                written.append(png_dir / f"{name}.png")
+                pictures[name] = to_png(figure)
                 bar.update()
-    return written
+    numbers = json.dumps(analysis.as_json(), indent=1, ensure_ascii=False) + "\n"
+    return outputs.write(render_page(analysis, figures), numbers, pictures)
 
 
 def _open(place: str, request: Request) -> OpenedModel:

@@ -68,6 +68,17 @@ def test_everything_is_written(place, tool):
     assert (place / "report.html").read_text(encoding="utf-8") == page, "the same text gives the same page"
 
 
+def test_what_is_not_read_is_said(place, tool, capsys):
+    texts = ["--text", "a.txt", "--text", "b.txt", "--max-tokens", "50"]
+    tool(["--checkpoint", "model", *texts, "--output", "part.html", "--json", "part.json"])
+    files = json.loads((place / "part.json").read_text(encoding="utf-8"))["files"]
+    assert [file["read"] for file in files] == [50, 0]
+    partial = f"of the text was read: the first 50 of {files[0]['tokens']} tokens of a.txt; not read: b.txt"
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: part.html, part.json; only part {partial}"
+    page = (place / "part.html").read_text(encoding="utf-8")
+    assert page.count(partial) == 2, "in the head and in the summary"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +92,7 @@ def test_everything_is_written(place, tool):
         (["--output", "no/where.html"], r"--output no/where.html: its directory does not exist; make it first"),
         (["--output", "model"], r"--output model is a directory; name a file in it"),
         (["--png-dir", "a.txt"], r"--png-dir a.txt is a file; name a directory"),
+        (["--text", "missing.txt", "--png-dir", "new"], r"--text missing.txt cannot be read"),
         (["--max-tokens", "0"], r"--max-tokens 0: give 1 or more"),
         (["--context", "65"], r"--context 65: the model reads up to 64 tokens; give 2 to 64"),
         (["--checkpoint", "dense"], r"no layer with experts"),
@@ -95,7 +107,8 @@ def test_refusals_are_one_line_and_write_nothing(tool, place, arguments, message
     named.update(zip(arguments[::2], arguments[1::2], strict=True))
     with pytest.raises(UserError, match=message):
         tool([part for pair in named.items() for part in pair])
-    assert not (place / "refused.html").exists() and (place / "there.html").read_text() == "kept"
+    assert not (place / "refused.html").exists() and not (place / "new").exists()
+    assert (place / "there.html").read_text() == "kept"
 
 
 def test_missing_text_is_refused(tool):
