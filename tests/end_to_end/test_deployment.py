@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from adamoe_dist.training.writers import TAGS
+from tests.end_to_end.commands import covered, fragments_run
 from tests.end_to_end.conftest import REPOSITORY, Finished, free_port, run_command
 from tests.end_to_end.test_readme import COMMANDS as README
-from tests.end_to_end.test_readme import SMALL, covered, on_two_nodes, with_port
+from tests.end_to_end.test_readme import SMALL, on_two_nodes, with_port
 
 pytestmark = pytest.mark.end_to_end
 
@@ -105,28 +106,42 @@ def test_manifest_is_an_indexed_job_whose_pods_find_each_other() -> None:
     assert f"--master-addr {name}-0.{pod['subdomain']} " in command
     save_s = int(re.search(r"--shutdown-timeout (\d+)", command)[1])
     assert pod["terminationGracePeriodSeconds"] > save_s > 30
+    assert job["spec"]["backoffLimit"] % job["spec"]["completions"] == 0, "each start that fails costs one a node"
+    assert f"--selector job-name={name},batch.kubernetes.io/job-completion-index=0" in DOCUMENT
     assert job["spec"]["podFailurePolicy"] and pod["restartPolicy"] == "Never", "the first needs the second"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
 @pytest.mark.distributed
-def test_command_of_the_manifest_trains_on_two_pods(site) -> None:
-    """As each pod has it: index and numbers from the environment, the Service's name for the address of pod 0."""
+def test_command_of_the_manifest_trains_on_two_pods(site, tmp_path) -> None:
+    """As each pod has it: its own copy of the image, index and numbers from the environment, the Service's name for the
+    address of pod 0, and a volume in common where alone the data is.
+    """
     _, job = manifest()
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["bash", "-euc"]
     (command,) = container["args"]
-    changes = {"adamoe-0.adamoe": "127.0.0.1", "29500": str(free_port()), "/shared/runs": "runs"}
+    shared = tmp_path / "shared"
+    shutil.copytree(site / "data", shared / "data")
+    changes = {"adamoe-0.adamoe": "127.0.0.1", "29500": str(free_port())}
     for there, here in changes.items():
         assert there in command
         command = command.replace(there, here)
+    command = f"cd {container['workingDir']}; {command}"
     with_keys = " ".join([command, *(change for change in TINY if change not in SMALL)])
-    shells = [f"export NODES=2 RANKS=1 JOB_COMPLETION_INDEX={pod}; {with_keys}" for pod in (0, 1)]
+    shells = []
+    for pod in (0, 1):
+        image = tmp_path / f"pod{pod}"
+        image.mkdir()
+        for name in ("launch", "configs"):
+            shutil.copytree(REPOSITORY / name, image / name)
+        in_pod = with_keys.replace("/workspace/adamoe_dist", str(image)).replace("/shared", str(shared))
+        shells.append(f"export NODES=2 RANKS=1 JOB_COMPLETION_INDEX={pod}; {in_pod}")
     on_two_nodes(shells, site)
     assert (
         "places: 2 nodes (0, 1); ranks 0-1 share a layer's experts, across nodes"
-        in (site / "runs" / "cluster" / "log.txt").read_text()
+        in (shared / "runs" / "cluster" / "log.txt").read_text()
     )
 
 
@@ -144,7 +159,9 @@ def test_tags_to_look_at_are_written() -> None:
 def test_every_command_is_run_by_a_test_or_marked() -> None:
     """A command that is added to the document needs a test, or the mark above its block."""
     assert sum(is_marked for _, is_marked in blocks()) == 3 and len(COMMANDS) > 10
-    fragments = re.findall(r"""covered\(["']([^"']+)["']\)""", Path(__file__).read_text())
+    fragments = fragments_run(Path(__file__).read_text())
     untested = [c for c in COMMANDS if c not in README and not any(fragment in c for fragment in fragments)]
     assert not untested
+    in_text = re.findall(r"`((?:deepspeed|torchrun|python|srun) [^`\n]*\.py[^`]*)`", DOCUMENT.replace("```", ""))
+    assert set(in_text) <= {*COMMANDS, *README}
     assert "not run here" in DOCUMENT.partition("##")[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.commands import covered, fragments_run
 from tests.end_to_end.conftest import REPOSITORY, Finished, environment_of_commands, free_port, run_command
 
 pytestmark = pytest.mark.end_to_end
@@ -33,6 +34,7 @@ def readme_commands() -> list[str]:
 
 
 COMMANDS = readme_commands()
+SLURM = "sbatch launch/slurm.sbatch run.name=cluster"
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,6 @@ def only(fragment: str) -> str:
     """The one README command that contains ``fragment``."""
     (command,) = [command for command in COMMANDS if fragment in command]
     return command
-
-
-def covered(fragment: str) -> str:
-    """Marks a command, by a part of it, as run by a test: see the last test."""
-    return fragment
 
 
 @pytest.mark.parametrize("fragment", [covered("--dry-run"), covered("--print-config")])
@@ -221,7 +218,7 @@ def test_two_nodes_by_torchrun(checkout) -> None:
 
 def test_slurm_command_names_the_template() -> None:
     """What is in it is run by test_slurm.py."""
-    words = only(covered("sbatch launch/slurm.sbatch")).split()
+    words = only(SLURM).split()
     assert (REPOSITORY / words[1]).read_text().startswith("#!/bin/bash")
 
 
@@ -282,11 +279,11 @@ def test_quickstart(checkout) -> None:
 
 def test_every_command_of_the_readme_is_run_by_a_test() -> None:
     """A command that is added to the README needs a test above."""
-    source = Path(__file__).read_text()
-    fragments = re.findall(r"""covered\(["']([^"']+)["']\)""", source)
+    fragments = fragments_run(Path(__file__).read_text())
     untested = [
         command
         for command in COMMANDS
-        if command != "deepspeed launch/pretrain.py" and not any(fragment in command for fragment in fragments)
+        if command not in ("deepspeed launch/pretrain.py", SLURM)
+        and not any(fragment in command for fragment in fragments)
     ]
     assert not untested
