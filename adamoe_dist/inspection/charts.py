@@ -4,13 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adamoe_dist.inspection.drawing import CHARACTER_WIDTH, Drawing, Label, Line, Rectangle
+from adamoe_dist.inspection.drawing import CHARACTER_WIDTH, Corner, Drawing, Label, Line, Rectangle
 
 ROW = 22.0
 HEAD = 26.0
 BAR = 150.0
 CELL_WIDTH, CELL_HEIGHT = 44.0, 22.0
 _LONGEST_LABEL = 34
+_MARK = 7.0
+_ABOVE = ("d5", "d6", "d7", "d8")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def heat_map(
         values: a number for each cell; NaN cells stay empty.
         texts: what stands in each cell.
         highest: the number of the darkest shade; with ``is_signed``, of the strongest orange, and less it of blue.
-        is_signed: shades are those of differences.
+        is_signed: shades are those of differences; orange cells have a mark, for eyes and printers without colours.
     """
     left = CHARACTER_WIDTH * max(map(len, rows), default=0) + 12
     longest = max(map(len, columns), default=0)
@@ -112,6 +114,8 @@ def _add_cell(drawing: Drawing, x: float, y: float, shade: str | None, text: str
         drawing.shapes.append(Label(x + CELL_WIDTH / 2, y + 15, "\u00b7", "middle", "muted"))
         return
     drawing.shapes.append(Rectangle(x, y, CELL_WIDTH - 1, CELL_HEIGHT - 1, shade))
+    if shade in _ABOVE:
+        drawing.shapes.append(Corner(x + CELL_WIDTH - 1, y, _MARK, f"on-{shade}"))
     drawing.shapes.append(Label(x + CELL_WIDTH / 2, y + 15, text, "middle", f"on-{shade}"))
 
 

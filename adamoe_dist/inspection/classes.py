@@ -54,7 +54,11 @@ def classify(texts: Sequence[str]) -> list[Grouping]:
     bands = frequency_bands([place.word for place in places if place.piece in ("whole word", "first piece")])
     kinds = [_kind(text, place.word) for text, place in zip(texts, places, strict=True)]
     return [
-        _grouping("Characters", "what the token consists of; function words are a fixed list of English", kinds),
+        _grouping(
+            "Characters",
+            "what the token consists of; function words are a fixed list of English, those of German are other words",
+            kinds,
+        ),
         _grouping(
             "Frequency of the word in this text",
             "frequent: the commonest words that make up half of all; rare: words that occur once or twice",

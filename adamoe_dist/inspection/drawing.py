@@ -1,4 +1,4 @@
-"""Pictures of rectangles, lines and labels, drawn as SVG in a page and as PNG.
+"""Pictures of rectangles, triangles, lines and labels, drawn as SVG in a page and as PNG.
 
 Colours are names: ``ink``, ``muted``, ``grid``, ``bar``, ``plus``, ``minus``, ``s0`` to ``s8`` (loads), ``d0`` to
 ``d8`` (differences), and ``on-s0`` to ``on-d8`` for text on such a shade. The page gives them their
@@ -13,6 +13,8 @@ from adamoe_dist.colours import diverging, sequential, text_on
 FONT_SIZE = 13
 CHARACTER_WIDTH = 7.2
 _UNSEEN = (*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)
+_REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they would turn what follows them on the page
+_REPLACED = dict.fromkeys(_UNSEEN, "\ufffd") | {code: f"<U+{code:04X}>" for code in _REORDERING}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Corner:
+    """A filled triangle in the upper right corner that ends at ``x`` and ``y``, with sides of ``size``."""
+
+    x: float
+    y: float
+    size: float
+    colour: str
+
+
+@dataclass(frozen=True)
 class Label:
     """A line of text; ``anchor`` is start, middle or end, ``y`` its base line."""
 
@@ -52,7 +64,7 @@ class Label:
     is_upright: bool = False
 
 
-Shape = Rectangle | Line | Label
+Shape = Rectangle | Line | Corner | Label
 
 
 @dataclass
@@ -87,15 +99,17 @@ def palette(is_dark: bool = False) -> dict[str, str]:
 
 
 def escaped(text: str) -> str:
-    """Return text as it may stand in HTML, in an attribute too; characters that no page may have become U+FFFD."""
-    return html.escape(text.translate(dict.fromkeys(_UNSEEN, "\ufffd")), quote=True)
+    """Return text as it may stand in HTML, in an attribute too.
+
+    Characters that no page may have are U+FFFD in it, and those that would reorder it are written as ``<U+202E>``.
+    """
+    return html.escape(text.translate(_REPLACED), quote=True)
 
 
 def shown(text: str) -> str:
     """Return a token as it is shown in a list: its white space as signs."""
-    return (
-        text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u2192").replace("\r", "\u240d") or "(none)"
-    )
+    signs = text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u2192").replace("\r", "\u240d")
+    return signs.translate(_REPLACED) or "(none)"
 
 
 def to_svg(drawing: Drawing) -> str:
@@ -115,6 +129,9 @@ def _svg_shape(shape: Shape) -> str:
         dash = ' stroke-dasharray="3 3"' if shape.is_dashed else ""
         place = f'x1="{shape.x1:g}" y1="{shape.y1:g}" x2="{shape.x2:g}" y2="{shape.y2:g}"'
         return f'<line {place} class="line-{shape.colour}"{dash}/>'
+    if isinstance(shape, Corner):
+        x, y, size = shape.x, shape.y, shape.size
+        return f'<path d="M{x - size:g} {y:g}H{x:g}V{y + size:g}Z" class="{shape.colour}"/>'
     turn = f' transform="rotate(-90 {shape.x:g} {shape.y:g})"' if shape.is_upright else ""
     bold = ' font-weight="bold"' if shape.is_bold else ""
     return (

@@ -122,7 +122,9 @@ def all_figures(analysis: Analysis) -> dict[str, Drawing]:
     figures = {"load_by_layer": load_chart("Load by layer (tokens)", analysis.layers, analysis)}
     for number, (grouping, loads) in enumerate(zip(analysis.groupings, analysis.classes, strict=True), start=1):
         if loads:
-            figures[f"load_by_class_{number}"] = load_chart(f"{grouping.name} (tokens)", loads, analysis)
+            figures[f"load_by_class_{number}"] = load_chart(
+                f"Load by {_small(grouping.name)} (tokens)", loads, analysis
+            )
     figures["load_by_position"] = load_chart("Load by position in the window (tokens)", analysis.positions, analysis)
     figures["expert_load"] = expert_load_map(analysis)
     for layer in analysis.routing.layers:
@@ -136,7 +138,7 @@ def all_figures(analysis: Analysis) -> dict[str, Drawing]:
             zip(analysis.groupings, comparison.classes, strict=True), start=1
         ):
             if differences:
-                title = f"Difference: {grouping.name} (tokens)"
+                title = f"Difference by {_small(grouping.name)} (tokens)"
                 figures[f"difference_by_class_{number}"] = difference_chart(title, differences)
     return figures
 
@@ -149,7 +151,7 @@ def is_figure(path: Path) -> bool:
 def _ratio_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Array) -> Drawing:
     """Return a map of ratios, shaded by their logarithm: 4 is the strongest orange, 1/4 the strongest blue."""
     texts = [["" if math.isnan(value) else _ratio(value) for value in row] for row in values.tolist()]
-    return heat_map(title, rows, columns, _log2(values).tolist(), texts, 2.0, is_signed=True)
+    return heat_map(f"{title}; triangle: orange", rows, columns, _log2(values).tolist(), texts, 2.0, is_signed=True)
 
 
 def _ratio(value: float) -> str:
@@ -159,6 +161,10 @@ def _ratio(value: float) -> str:
 def _log2(values: Array) -> Array:
     logarithms: Array = np.log2(np.maximum(values, 2.0**-6))
     return logarithms
+
+
+def _small(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _strongest(strength_E: Array) -> list[int]:

@@ -30,11 +30,11 @@ def render_page(analysis: Analysis, figures: dict[str, Drawing]) -> str:
         _head(analysis),
         _section("summary", "In short", _summary(analysis)),
         _section("reading", "The text, by the experts that each token used", _text(analysis)),
-        _section("layers", "By layer", to_svg(figures["load_by_layer"])),
-        _section("classes", "By kind of token", _classes(analysis, figures, "load_by_class")),
+        _section("layers", "By layer", _chart(figures["load_by_layer"])),
+        _section("classes", "By kind of token", LOADS + _classes(analysis, figures, "load_by_class")),
         _section("positions", "By position in the window", _positions(analysis, figures)),
         _section("tokens", "Tokens with the fewest and the most experts", _tokens(analysis)),
-        _section("experts", "Load of the experts", to_svg(figures["expert_load"])),
+        _section("experts", "Load of the experts", _chart(figures["expert_load"])),
         _section("preferences", "What experts prefer", _switched(figures, "preferences", PREFERENCES)),
         _section("coactivation", "Experts that go together", _switched(figures, "coactivation", COACTIVATION)),
     ]
@@ -53,13 +53,16 @@ def render_page(analysis: Analysis, figures: dict[str, Drawing]) -> str:
     )
 
 
+TOKENS = f"In brackets the tokens; * fewer than {MINIMUM_COUNT}."
+LOADS = f"<p>{TOKENS} The dashed line is the mean of all tokens.</p>"
+ABOVE_1 = "A triangle marks the orange cells, above 1, where colours are not seen."
 PREFERENCES = (
     "Part of a class among the tokens of an expert, over its part in the text: 2 is twice as often as expected, 0.5 "
-    "half as often. Orange prefers, blue avoids. A dot: too few tokens to tell."
+    f"half as often. Orange prefers, blue avoids. {ABOVE_1} A dot: too few tokens to tell."
 )
 COACTIVATION = (
     "How often two experts share a token, over what would be if each chose for itself. With few slots a token, numbers "
-    "somewhat below 1 are what chance gives: an expert takes a slot that the other cannot have."
+    f"somewhat below 1 are what chance gives: an expert takes a slot that the other cannot have. {ABOVE_1}"
 )
 
 
@@ -92,6 +95,11 @@ def _hash(content: str) -> str:
 
 def _section(name: str, title: str, body: str) -> str:
     return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>\n{body}\n</section>'
+
+
+def _chart(figure: Drawing) -> str:
+    """Return a picture in a box of its own, which the keyboard can scroll where it is wider than the page."""
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="{escaped(figure.title)}">{to_svg(figure)}</div>'
 
 
 def _head(analysis: Analysis) -> str:
@@ -138,14 +146,17 @@ def _text(analysis: Analysis) -> str:
     )
 
 
+def _pair(first: str, second: str) -> str:
+    return f'<div class="pair scroll" tabindex="0" role="group" aria-label="Tokens">{first}{second}</div>'
+
+
 def _classes(analysis: Analysis, figures: dict[str, Drawing], prefix: str) -> str:
     parts = []
     for number, grouping in enumerate(analysis.groupings, start=1):
         figure = figures.get(f"{prefix}_{number}")
         if figure is not None:
-            parts.append(f"<h3>{escaped(grouping.name)}</h3><p>{escaped(_capital(grouping.rule))}.</p>{to_svg(figure)}")
-    note = f"<p>In brackets the tokens; * fewer than {MINIMUM_COUNT}. The dashed line is the mean of all tokens.</p>"
-    return note + "".join(parts)
+            parts.append(f"<h3>{escaped(grouping.name)}</h3><p>{escaped(_capital(grouping.rule))}.</p>{_chart(figure)}")
+    return "".join(parts)
 
 
 def _positions(analysis: Analysis, figures: dict[str, Drawing]) -> str:
@@ -153,7 +164,7 @@ def _positions(analysis: Analysis, figures: dict[str, Drawing]) -> str:
         f"<p>Positions from 0 in windows of {analysis.text.context:,} tokens. Each window is read without what stands "
         "before it.</p>"
     )
-    return note + to_svg(figures["load_by_position"])
+    return note + _chart(figures["load_by_position"])
 
 
 def _tokens(analysis: Analysis) -> str:
@@ -161,7 +172,7 @@ def _tokens(analysis: Analysis) -> str:
     if not analysis.tokens:
         return note + "<p>There is none in this text.</p>"
     low, high = analysis.tokens[:LISTED], analysis.tokens[: -LISTED - 1 : -1]
-    return f'{note}<div class="pair">{_token_table("Fewest experts", low)}{_token_table("Most experts", high)}</div>'
+    return note + _pair(_token_table("Fewest experts", low), _token_table("Most experts", high))
 
 
 def _token_table(title: str, loads: Sequence[Load]) -> str:
@@ -179,7 +190,7 @@ def _switched(figures: dict[str, Drawing], prefix: str, note: str) -> str:
     chosen = {name: figure for name, figure in figures.items() if name.startswith(prefix)}
     parts = "".join(
         f'<figure data-name="layer {int(name.rsplit("_", 1)[1])}"><figcaption>{escaped(figure.title)}</figcaption>'
-        f"{to_svg(figure)}</figure>"
+        f"{_chart(figure)}</figure>"
         for name, figure in chosen.items()
     )
     return f'<p>{note}</p><div class="switch">{parts}</div>'
@@ -189,19 +200,18 @@ def _comparison(analysis: Analysis, figures: dict[str, Drawing]) -> str:
     comparison = analysis.comparison
     assert comparison is not None
     layers = (
-        to_svg(figures["difference_by_layer"])
+        _chart(figures["difference_by_layer"])
         if comparison.layers
         else "<p>The two have experts in other layers, so only means over layers are compared.</p>"
     )
     tables = ""
     if comparison.tokens:
         low, high = comparison.tokens[:LISTED], comparison.tokens[: -LISTED - 1 : -1]
-        tables = (
-            f'<h3>Tokens</h3><div class="pair">{_difference_table("Fewer experts than in the other", low)}'
-            f"{_difference_table('More experts than in the other', high)}</div>"
-        )
+        fewer = _difference_table("Fewer experts than in the other", low)
+        tables = "<h3>Tokens</h3>" + _pair(fewer, _difference_table("More experts than in the other", high))
     note = (
-        "<p>This model minus the other, on the same tokens: orange uses more, blue fewer. In brackets both loads.</p>"
+        "<p>This model minus the other, on the same tokens: orange uses more, blue fewer. Behind each number both "
+        f"loads. {TOKENS}</p>"
     )
     return f"{note}<h3>Layers</h3>{layers}{_classes(analysis, figures, 'difference_by_class')}{tables}"
 

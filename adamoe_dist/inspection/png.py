@@ -1,13 +1,16 @@
 """Pictures as PNG files, in the light scheme."""
 
 import io
+import math
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from adamoe_dist.inspection.drawing import FONT_SIZE, Drawing, Label, Line, Rectangle, palette
+from adamoe_dist.inspection.drawing import FONT_SIZE, Corner, Drawing, Label, Line, Rectangle, palette
 
 SCALE = 2
 MARGIN = 12
+DASH = 3
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
@@ -15,7 +18,9 @@ def to_png(drawing: Drawing) -> bytes:
     """Return a picture as a PNG file, at twice its size, with its title above it."""
     colours = palette()
     top = MARGIN + 2 * FONT_SIZE
-    size = (int(SCALE * (drawing.width + 2 * MARGIN)), int(SCALE * (drawing.height + top + MARGIN)))
+    title = ImageFont.load_default(SCALE * FONT_SIZE).getlength(drawing.title) / SCALE
+    width = max(drawing.width, math.ceil(title) + 1) + 2 * MARGIN
+    size = (int(SCALE * width), int(SCALE * (drawing.height + top + MARGIN)))
     image = Image.new("RGB", size, colours["page"])
     canvas = _Canvas(image, colours, MARGIN, top)
     canvas.label(Label(0, FONT_SIZE - top + MARGIN, drawing.title, is_bold=True))
@@ -24,6 +29,8 @@ def to_png(drawing: Drawing) -> bytes:
             canvas.rectangle(shape)
         elif isinstance(shape, Line):
             canvas.line(shape)
+        elif isinstance(shape, Corner):
+            canvas.corner(shape)
         else:
             canvas.label(shape)
     file = io.BytesIO()
@@ -44,8 +51,19 @@ class _Canvas:
             self._draw.rectangle((x, y, right - 1, bottom - 1), fill=self._colours[shape.colour])
 
     def line(self, shape: Line) -> None:
-        start, end = self._place(shape.x1, shape.y1), self._place(shape.x2, shape.y2)
-        self._draw.line((start, end), fill=self._colours[shape.colour], width=SCALE)
+        (x1, y1), (x2, y2) = self._place(shape.x1, shape.y1), self._place(shape.x2, shape.y2)
+        length = math.hypot(x2 - x1, y2 - y1)
+        dash = DASH * SCALE if shape.is_dashed else max(length, 1.0)
+        for start in np.arange(0.0, length, 2 * dash).tolist():
+            ends = [part / length for part in (start, min(start + dash, length))]
+            places = [(x1 + (x2 - x1) * part, y1 + (y2 - y1) * part) for part in ends]
+            self._draw.line(places, fill=self._colours[shape.colour], width=SCALE)
+
+    def corner(self, shape: Corner) -> None:
+        x, y = self._place(shape.x, shape.y)
+        size = round(SCALE * shape.size)
+        points = [(x - 1 - size, y), (x - 1, y), (x - 1, y + size)]
+        self._draw.polygon(points, fill=self._colours[shape.colour])
 
     def label(self, shape: Label) -> None:
         x, y = self._place(shape.x, shape.y)

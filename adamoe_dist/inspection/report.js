@@ -88,7 +88,8 @@
       return item;
     });
     const words = document.createElement('span');
-    words.textContent = view === 'load' ? 'experts a token\u00a0' : 'experts more or fewer\u00a0';
+    const place = layer < 0 ? 'mean over layers' : `layer ${data.layers[layer]}`;
+    words.textContent = `${place}: ${view === 'load' ? 'experts a token' : 'experts more or fewer'}\u00a0`;
     byId('legend').replaceChildren(words, ...items);
   };
 

@@ -73,7 +73,7 @@ def differs(load: Load, overall: Load) -> bool:
 
 def _overall(analysis: Analysis) -> Iterator[str]:
     routing, overall = analysis.routing, analysis.overall
-    counted = f"{overall.tokens:,} tokens and {_count(len(analysis.layers), 'layer')}"
+    counted = f"{_count(overall.tokens, 'token')} and {_count(len(analysis.layers), 'layer')}"
     if not routing.num_null:
         yield (
             f"This model has no null experts: each token uses {routing.top_k} of {routing.num_experts} experts in "
@@ -187,7 +187,7 @@ def _experts(analysis: Analysis) -> Iterator[str]:
     number = analysis.routing.layers[layer].number
     yield (
         f"The busiest expert (layer {number}, expert {expert}) has {relative_LE[layer, expert]:.1f} times the tokens "
-        f"of its layer's mean; {_count(int((relative_LE == 0).sum()), 'expert')} of {relative_LE.size} had no token."
+        f"of its layer's mean; {_idle(int((relative_LE == 0).sum()), relative_LE.size)}."
     )
     best: dict[str, Preference] = {}
     for one in analysis.preferences:
@@ -234,5 +234,11 @@ def _percent(part: float) -> str:
     return f"{100 * part:.1f} %"
 
 
+def _idle(without: int, experts: int) -> str:
+    if not without:
+        return f"each of the {experts} experts had one at least"
+    return f"{without} of {experts} experts had no token"
+
+
 def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"

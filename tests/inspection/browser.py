@@ -74,14 +74,24 @@ class Browser:
     def log(self) -> list[dict[str, Any]]:
         return self._call("POST", "/se/log", {"type": "browser"})
 
-    def media(self, **features: str) -> None:
+    def media(self, kind: str = "", **features: str) -> None:
         listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": listed}})
+        self._command("Emulation.setEmulatedMedia", media=kind, features=listed)
+
+    def phone(self, width: int, height: int) -> None:
+        """Show pages as on a screen of that size, until :meth:`window`."""
+        self._command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True
+        )
+
+    def window(self) -> None:
+        self._command("Emulation.clearDeviceMetricsOverride")
 
     def pdf(self) -> bytes:
-        return base64.b64decode(
-            self._call("POST", "/goog/cdp/execute", {"cmd": "Page.printToPDF", "params": {}})["data"]
-        )
+        return base64.b64decode(self._command("Page.printToPDF")["data"])
+
+    def _command(self, name: str, **parameters: Any) -> Any:
+        return self._call("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def close(self) -> None:
         try:

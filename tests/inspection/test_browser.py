@@ -172,6 +172,44 @@ def test_it_prints(page):
     assert pdf.startswith(b"%PDF") and len(pdf) > 50_000 and time.monotonic() - started < 60
 
 
+def test_lists_and_boxes_are_not_printed(page):
+    visible = (
+        "return Array.from(document.querySelectorAll('select, input, #legend')).filter((one) => one.offsetParent)"
+        ".map((one) => one.id || one.tagName)"
+    )
+    assert "numbers" in page.run(visible)
+    page.run(CHOOSE, "layer", "1")
+    page.media("print")
+    assert page.run(visible) == ["legend"]
+    assert page.run("return document.getElementById('legend').textContent").startswith("layer 3: experts a token")
+
+
+def test_a_phone_shows_it_in_its_width(page):
+    page.phone(390, 844)
+    try:
+        for view in ("load", "difference"):
+            page.run(CHOOSE, "view", view)
+            assert page.run("return document.documentElement.scrollWidth") <= 390, view
+        page.run("document.querySelectorAll('#text i')[200].scrollIntoView()")
+        top = page.run("return document.getElementById('controls').getBoundingClientRect().bottom")
+        assert top < 0, "the controls do not stay over the text"
+    finally:
+        page.window()
+
+
+def test_the_keyboard_scrolls_wide_pictures(page):
+    page.phone(390, 844)
+    try:
+        page.run("document.querySelector('#preferences figure .scroll').focus()")
+        page.press(RIGHT)
+        time.sleep(0.5)
+        assert page.run("return document.activeElement.scrollLeft") > 0
+        names = page.run("return Array.from(document.querySelectorAll('.scroll'), (one) => one.ariaLabel)")
+        assert len(names) > 10 and all(names)
+    finally:
+        page.window()
+
+
 def test_one_picture_of_a_layer_at_a_time(page):
     visible = "return Array.from(document.querySelectorAll('#preferences figure'), (figure) => !figure.hidden)"
     assert page.run(visible) == [True, False, False]

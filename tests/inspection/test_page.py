@@ -13,7 +13,7 @@ from PIL import Image
 
 from adamoe_dist.inspection import all_figures, analyse, render_page, to_png
 from adamoe_dist.inspection.charts import Column, bar_table, heat_map, shade_of
-from adamoe_dist.inspection.drawing import to_svg
+from adamoe_dist.inspection.drawing import Drawing, Line, to_svg
 from adamoe_dist.inspection.payload import as_script_data, chosen_experts, payload
 from adamoe_dist.inspection.summary import summarise
 from adamoe_dist.inspection.tokens_html import text_html, token_html
@@ -114,6 +114,8 @@ def test_a_hostile_text_stays_text():
     assert len(parsed.tokens) == len(tokens)
     assert parsed.tokens[:7] == HOSTILE[:7] and parsed.tokens[14] == "\u25ab"
     assert "\x00" not in page and "\x1b" not in page
+    assert "\u202e" not in page and parsed.tokens[13] == "<U+202E>", "nothing turns the page's order"
+    assert not set("\u202e\x1b") & set("".join(summarise(analysis)))
 
 
 def test_hostile_names_stay_text():
@@ -189,7 +191,11 @@ def test_bars_and_cells_have_their_numbers_in_proportion():
     assert [shade_of(value, 2.0) for value in (0.0, 1.0, 2.0, 9.0, float("nan"))] == ["s0", "s4", "s8", "s8", None]
     assert [shade_of(value, 2.0, True) for value in (-9.0, -1.0, 0.0, 2.0)] == ["d0", "d2", "d4", "d8"]
     cells = to_svg(heat_map("", ["r"], ["a", "b"], [[1.0, float("nan")]], [["1", ""]], 1.0))
-    assert cells.count("<rect") == 1 and 'class="on-s8"' in cells
+    assert cells.count("<rect") == 1 and 'class="on-s8"' in cells and "<path" not in cells
+    cells = to_svg(heat_map("", ["r"], ["a", "b", "c"], [[-2.0, 0.0, 2.0]], [["", "", ""]], 2.0, is_signed=True))
+    places = [float(x) for x in re.findall(r'<rect x="([\d.]+)"', cells)]
+    (corner,) = re.findall(r'<path d="M[\d.]+ [\d.]+H([\d.]+)V[\d.]+Z" class="on-d8"/>', cells)
+    assert float(corner) == places[2] + 43, "in the corner of the one cell above the middle"
 
 
 def test_png_shows_the_bars():
@@ -199,6 +205,42 @@ def test_png_shows_the_bars():
     pixels = np.asarray(image)
     rows = [(pixels[2 * (38 + 26 + 22 * row + 11)] == bar).all(axis=1).sum() for row in range(2)]
     assert rows[1] == pytest.approx(300, abs=3) and rows[0] == pytest.approx(60, abs=3)
+
+
+def test_png_shows_marks_and_dashes_as_the_page_does():
+    maps = [heat_map("", ["r"], ["a"], [[value]], [[""]], 2.0, is_signed=True) for value in (-2.0, 2.0)]
+    below, above = (np.asarray(Image.open(io.BytesIO(to_png(one))).convert("L")).astype(int) for one in maps)
+    left, top = 2 * (12 + 19 + 44) - 5, 2 * (38 + 26) + 2
+    assert abs(below[top, left] - below[top + 20, left]) < 5 < 50 < abs(above[top, left] - above[top + 20, left])
+    plain, dashed = (
+        np.asarray(Image.open(io.BytesIO(to_png(Drawing("", 40, 60, [Line(20, 0, 20, 60, "ink", one)]))))).min(axis=2)
+        for one in (False, True)
+    )
+    titled = Image.open(io.BytesIO(to_png(Drawing("a title that is longer than its picture", 20, 20))))
+    ends = np.asarray(titled.convert("L"))[: 2 * 38].min(axis=0)
+    assert ends[-2 * 12 :].min() > 250 and titled.width > 2 * 200, "the title is not cut off"
+    dark = [int((picture[2 * 38 : 2 * 98] < 100).any(axis=1).sum()) for picture in (plain, dashed)]
+    assert dark[0] == pytest.approx(120, abs=3) and dark[1] == pytest.approx(60, abs=12)
+
+
+def test_the_dashed_line_is_spoken_of_where_it_stands(page):
+    parts = {part.split('"')[0]: part for part in page.split('<section id="')[1:]}
+    assert {name: ("dashed line" in part, "stroke-dasharray" in part) for name, part in parts.items()}[
+        "comparison"
+    ] == (
+        False,
+        False,
+    )
+    assert "dashed line" in parts["classes"] and "stroke-dasharray" in parts["classes"]
+    assert "Load by characters (tokens)" in parts["classes"]
+
+
+def test_numbers_and_nouns_agree():
+    analysis = analyse(text_of(["The"]), routing_of(1))
+    assert "over 1 token and 3 layers" in summarise(analysis)[0]
+    routing = routing_of(1300)
+    said = " ".join(summarise(analyse(text_of(PHRASE * 100), routing)))
+    assert "each of the 15 experts had one at least" in said and "0 experts" not in said
 
 
 def test_the_summary_says_nothing_of_few_tokens():
