@@ -16,7 +16,6 @@ from adamoe_dist.planning import (
     baseline,
     make_plan,
     nodes_of,
-    read_assumptions,
     search,
     sweep,
     write_config,
@@ -106,17 +105,3 @@ def test_a_written_configuration_plans_the_same(tmp_path: Path) -> None:
     assert changed == {
         "#SBATCH --ntasks-per-node=4", "#SBATCH --gpus-per-node=4", "config=${CONFIG:-planned.yaml}"
     }  # fmt: skip
-
-
-def test_assumptions_are_read_and_refused(tmp_path: Path) -> None:
-    file = tmp_path / "assumed"
-    file.write_text("# measured\nmatmul_efficiency=0.6\nlatency_us: 12\n")
-    read = read_assumptions(Assumptions(), file, ["latency_us=7"])
-    assert (read.matmul_efficiency, read.latency_us) == (0.6, 7.0)
-    for pair, why in (("speed=3", "no such assumption"), ("latency_us=-1", "not negative"), ("latency_us", "name=")):
-        with pytest.raises(UserError, match=why):
-            read_assumptions(Assumptions(), None, [pair])
-    with pytest.raises(UserError, match="above 0"):
-        read_assumptions(Assumptions(), None, ["matmul_efficiency=0"])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_assumptions(Assumptions(), tmp_path / "none", [])
