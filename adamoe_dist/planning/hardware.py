@@ -130,7 +130,7 @@ class Assumptions:
         15.0, "rate at which the CPU updates an offloaded state, a rank, GB/s", cpu=5.0, least=_ABOVE_0
     )
     memory_overhead_gib: float = _assumed(
-        2.0, "memory of the driver, the collectives' library and fragments, GiB", cpu=0.025
+        2.0, "memory of the driver (on a CPU: of the empty process), the collectives' library, fragments, GiB", cpu=0.38
     )
     memory_share: float = _share(0.95, "part of the device's memory that may be filled")
 

@@ -54,8 +54,8 @@ def _memory(plan: Plan) -> list[str]:
     host = f"; in CPU memory {_gib(plan.memory.state.host)} GiB" if plan.memory.state.host else ""
     return [
         f"memory of the fullest rank, GiB: {plan.memory_gib:.3g} of {plan.memory_limit_gib:.3g}: {verdict}",
-        f"  {parts}; driver and fragments {plan.assumptions.memory_overhead_gib:.3g} (of the last two the larger "
-        f"counts){host}",
+        f"  {parts}; driver, libraries and fragments {plan.assumptions.memory_overhead_gib:.3g} (of the last two the "
+        f"larger counts){host}",
     ]
 
 
