@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from adamoe_dist.config import Config, load_config
+from adamoe_dist.config import Config, load_config, overridden_keys
 from adamoe_dist.console import ToolParser, progress, run_tool, say
 from adamoe_dist.errors import UserError
 from adamoe_dist.planning import (
@@ -17,19 +18,25 @@ from adamoe_dist.planning import (
     Load,
     Plan,
     Point,
+    Space,
     as_json,
     assumption_lines,
+    check_outputs,
+    config_text,
     count_layouts,
     make_plan,
     plan_lines,
+    planned_precision,
     read_assumptions,
     search,
     search_table,
     shortage,
+    slurm_text,
+    stage_table,
+    stages_as_json,
     sweep,
     sweep_table,
-    write_config,
-    write_slurm,
+    write_outputs,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +55,8 @@ def _parser() -> ToolParser:
     parser.add_argument("--measured", type=Path, metavar="FILE", help="metrics.jsonl of a run: its load, second half")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="default: the configured tokenizer's")
     parser.add_argument("--assume", nargs="+", default=[], metavar="NAME=VALUE", help="assumptions to change")
-    parser.add_argument("--assumptions", type=Path, metavar="FILE", help="file of NAME=VALUE lines")
-    parser.add_argument("--search", action="store_true", help="rank all valid layouts by predicted tokens/s")
+    parser.add_argument("--assumptions", type=Path, metavar="FILE", help="YAML file of NAME: VALUE")
+    parser.add_argument("--search", action="store_true", help="rank all valid layouts that keep the overrides")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts shown by --search")
     parser.add_argument("--sweep", action="store_true", help="null experts against top-k up to ten thousand ranks")
     parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the plan for launch/pretrain.py")
@@ -62,7 +69,7 @@ def _parser() -> ToolParser:
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="machines")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="devices, so ranks, of each")
-    parser.add_argument("--gpu", choices=sorted(DEVICES), default="h100", help="device (cpu: a core)")
+    parser.add_argument("--gpu", type=str.lower, choices=sorted(DEVICES), default="h100", help="device (cpu: a core)")
     for option, unit, meaning in (
         ("--intra-node-GBps", "X", "rate of a rank and direction within a node, GB/s"),
         ("--inter-node-GBps", "X", "rate of a rank and direction between nodes, GB/s"),
@@ -94,6 +101,18 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return Cluster(nodes=options.nodes, gpus_per_node=options.gpus_per_node, device=device)
 
 
+def _outputs(options: argparse.Namespace) -> dict[str, Path]:
+    """Return the files that are to be written by the option that names them, after all checks."""
+    options_of = {"--write-config": options.write_config, "--write-slurm": options.write_slurm}
+    paths = {option: path for option, path in options_of.items() if path is not None}
+    if paths and options.sweep and not options.search:
+        raise UserError(f"{next(iter(paths))}: a sweep has no plan to write; add --search, or leave out --sweep")
+    if options.write_slurm and not options.write_config:
+        raise UserError(f"--write-slurm {options.write_slurm}: the job needs a configuration; add --write-config FILE")
+    check_outputs(paths, options.overwrite)
+    return paths
+
+
 def _load(options: argparse.Namespace, config: Config) -> Load:
     if options.measured is not None:
         if options.load is not None or options.all_null_share is not None:
@@ -105,17 +124,28 @@ def _load(options: argparse.Namespace, config: Config) -> Load:
 
 
 def _measured_load(path: Path) -> Load:
+    names, way_out = ("true_experts_per_token", "all_null_share"), "give the metrics.jsonl of a run"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        records = [record for record in map(json.loads, lines) if "true_experts_per_token" in record]
     except (OSError, ValueError) as problem:
-        raise UserError(f"--measured {path}: cannot be read ({problem}); give the metrics.jsonl of a run") from None
-    if not records:
-        raise UserError(f"--measured {path}: holds no step; give the metrics.jsonl of a run")
-    late = records[len(records) // 2 :]
-    names = ("true_experts_per_token", "all_null_share")
-    means = {name: sum(record[name] for record in late) / len(late) for name in names}
-    return Load(**means)
+        raise UserError(f"--measured {path}: cannot be read ({problem}); {way_out}") from None
+    steps = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError as problem:
+            if number == len(lines):  # half written by a run that goes on, or was killed
+                continue
+            raise UserError(f"--measured {path}: line {number} is no JSON ({problem}); {way_out}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"--measured {path}: line {number} is no record of a step; {way_out}")
+        values = [record.get(name) for name in names]
+        if all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            steps.append(values)
+    if not steps:
+        raise UserError(f"--measured {path}: holds no step with {' and '.join(names)}; {way_out}")
+    late = steps[len(steps) // 2 :]
+    return Load(**{name: sum(column) / len(late) for name, column in zip(names, zip(*late, strict=True), strict=True)})
 
 
 def _vocab_size(options: argparse.Namespace, config: Config) -> int:
@@ -131,57 +161,98 @@ def _vocab_size(options: argparse.Namespace, config: Config) -> int:
     return config.model.vocab_size or preparation.vocab_size
 
 
-def _search(
-    options: argparse.Namespace, config: Config, cluster: Cluster, assumptions: Assumptions, load: Load
-) -> Found:
-    with progress(count_layouts(config, cluster), "layouts", "planning") as bar:
-        return search(config, cluster, assumptions, _vocab_size(options, config), load, advance=bar.update)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Question:
+    """What is asked: a configuration, where, and under which assumptions."""
+
+    config: Config
+    cluster: Cluster
+    assumptions: Assumptions
+    vocab_size: int
+    load: Load
+    space: Space
+
+    def plan(self) -> Plan:
+        return make_plan(self.config, self.cluster, self.assumptions, self.vocab_size, self.load)
+
+    def search(self) -> Found:
+        with progress(count_layouts(self.config, self.cluster, self.space), "layouts", "planning") as bar:
+            return search(
+                self.config, self.cluster, self.assumptions, self.vocab_size, self.load, self.space, bar.update
+            )
+
+    def sweep(self) -> list[Point]:
+        with progress(None, "models", "planning") as bar:
+            points = sweep(
+                self.config,
+                self.cluster,
+                self.assumptions,
+                self.vocab_size,
+                self.load,
+                bar.update,
+                held=self.space.held,
+            )
+            return list(points)
 
 
-def _sweep(
-    options: argparse.Namespace, config: Config, cluster: Cluster, assumptions: Assumptions, load: Load
-) -> list[Point]:
-    with progress(None, "models", "planning") as bar:
-        return list(sweep(config, cluster, assumptions, _vocab_size(options, config), load, bar.update))
+def _question(options: argparse.Namespace) -> _Question:
+    # argparse gives --assume all that follows it; only overrides have a dot in their name.
+    overrides = [*options.overrides, *(pair for pair in options.assume if "." in pair.partition("=")[0])]
+    assumed = [pair for pair in options.assume if pair not in overrides]
+    config, cluster = load_config(options.config, overrides), _cluster(options)
+    return _Question(
+        config=config,
+        cluster=cluster,
+        assumptions=read_assumptions(Assumptions.of(cluster.device), options.assumptions, assumed),
+        vocab_size=_vocab_size(options, config),
+        load=_load(options, config),
+        space=Space.holding(config, overridden_keys(overrides)),
+    )
 
 
-def _say(options: argparse.Namespace, plan: Plan, found: Found | None, points: list[Point]) -> None:
-    if options.json:
-        answer = as_json(plan)
-        if found is not None:
-            answer["search"] = [as_json(fitting) for fitting in found.fitting[: options.top]]
-        if points:
-            answer["sweep"] = [{"model": p.model, "plan": p.plan and as_json(p.plan)} for p in points]
-        say(json.dumps(answer))
-        return
-    tables = search_table(found, options.top) if found else []
+def _say(question: _Question, plan: Plan | None, found: Found | None, points: list[Point], most: int) -> None:
+    precision = planned_precision(question.config, question.cluster)
+    tables = search_table(found, most) if found else []
     tables += sweep_table(points) if points else []
-    for line in [*tables, *plan_lines(plan), "assumptions:", *("  " + line for line in assumption_lines(plan))]:
+    if plan is not None:
+        tables += [*plan_lines(plan), *([] if found else stage_table(plan))]
+    assumptions = assumption_lines(question.cluster, question.assumptions, precision)
+    for line in [*tables, "assumptions:", *("  " + line for line in assumptions)]:
         say(line)
+
+
+def _as_json(plan: Plan | None, found: Found | None, points: list[Point], most: int) -> dict[str, Any]:
+    answer = as_json(plan) if plan else {}
+    if found is not None:
+        answer["search"] = [as_json(fitting) for fitting in found.fitting[:most]]
+        answer["search_held"] = sorted(found.space.held)
+    elif plan is not None:
+        answer["memory_by_stage"] = stages_as_json(plan)
+    if points:
+        answer["sweep"] = [{"model": p.model, "plan": p.plan and as_json(p.plan)} for p in points]
+    return answer
 
 
 def main(argv: list[str]) -> None:
     """Plan as the command line says."""
     options = _parser().parse_intermixed_args(argv)
-    config = load_config(options.config, options.overrides)
-    cluster, load = _cluster(options), _load(options, config)
-    if options.write_slurm and not options.write_config:
-        raise UserError(f"--write-slurm {options.write_slurm}: the job needs a configuration; add --write-config FILE")
-    assumptions = read_assumptions(Assumptions.of(cluster.device), options.assumptions, options.assume)
-    found = _search(options, config, cluster, assumptions, load) if options.search else None
-    if found is None:
-        plan = make_plan(config, cluster, assumptions, _vocab_size(options, config), load)
+    question, outputs = _question(options), _outputs(options)
+    found = question.search() if options.search else None
+    plan = found.best() if found else None if options.sweep else question.plan()
+    points = question.sweep() if options.sweep else []
+    if options.json:
+        say(json.dumps(_as_json(plan, found, points, options.top)))
     else:
-        plan = found.best()
-    points = _sweep(options, config, cluster, assumptions, load) if options.sweep else []
-    _say(options, plan, found, points)
+        _say(question, plan, found, points, options.top)
+    if plan is None:
+        return
     if not plan.fits:
         raise UserError(shortage(plan))
-    if options.write_config:
-        write_config(plan, options.write_config, options.overwrite)
+    texts = {options.write_config: config_text(plan)} if options.write_config else {}
     if options.write_slurm:
-        template = ROOT / "launch" / "slurm.sbatch"
-        write_slurm(plan, options.write_config, template, options.write_slurm, options.overwrite)
+        texts[options.write_slurm] = slurm_text(plan, options.write_config, ROOT / "launch" / "slurm.sbatch")
+    if outputs:
+        write_outputs(texts)
 
 
 if __name__ == "__main__":

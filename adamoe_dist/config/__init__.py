@@ -5,7 +5,7 @@ from adamoe_dist.config.continuity import ABSENT, ALLOW, TOTAL_STEPS, Rule, comp
 from adamoe_dist.config.fields import leaves
 from adamoe_dist.config.finetune import FinetuneConfig, LoraConfig
 from adamoe_dist.config.layout import Layout
-from adamoe_dist.config.load import config_from_dict, load_config, read_values
+from adamoe_dist.config.load import config_from_dict, load_config, overridden_keys, read_values
 from adamoe_dist.config.moe import BalanceConfig, DispatcherConfig, MoEConfig
 from adamoe_dist.config.monitor import ProfileConfig
 from adamoe_dist.config.tree import Config
@@ -37,6 +37,7 @@ __all__ = [
     "leaves",
     "load_config",
     "model_problems",
+    "overridden_keys",
     "profile_steps_problem",
     "read_values",
     "resolve",

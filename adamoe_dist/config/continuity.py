@@ -132,7 +132,8 @@ def is_allowed(key: str, allowed: list[str]) -> bool:
 
 def check_allowed_changes(config: Config, problems: list[str]) -> None:
     """Add what is wrong with ``checkpoint.allow_changes`` to ``problems``."""
-    allowed, keys = config.checkpoint.allow_changes, [path for path, _, _ in leaves(Config)]
+    allowed = config.checkpoint.allow_changes
+    keys = [path for path, _, _ in leaves(Config)] if allowed else []
     for name in allowed:
         rules = [rule for key in keys if is_allowed(key, [name]) and (rule := rule_of(key)) is not None]
         kinds = {rule.kind for rule in rules}

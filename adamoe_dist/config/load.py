@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,16 +43,37 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config_from_dict(read_values(path, overrides))
 
 
-def read_values(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read_values(path: str | Path, overrides: Iterable[str] = (), option: str = "--config") -> dict[str, Any]:
     """Return what a YAML file and overrides say, and nothing else: the keys that they set, unchecked.
 
     Raises:
-        UserError: the file is missing or malformed, or an override is no ``section.key=value``.
+        UserError: the file is missing or malformed, or an override is no ``section.key=value``; ``option``, which named
+            the file, stands in front.
     """
-    values = _read_yaml(Path(path))
+    values = _read_yaml(Path(path), option)
     for override in overrides:
         _apply_override(values, override)
     return values
+
+
+def overridden_keys(overrides: Iterable[str]) -> frozenset[str]:
+    """Return the dotted keys that ``section.key=value`` overrides set, those of a whole section one by one.
+
+    Raises:
+        UserError: an override is no ``section.key=value``.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(values, override)
+    return frozenset(_paths(values, ""))
+
+
+def _paths(values: dict[Any, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -72,22 +93,22 @@ def refuse(problems: list[str]) -> None:
         raise UserError(f"{len(problems)} problems: {numbered}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, option: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file; give the path of a YAML file") from None
+        raise UserError(f"{option} {path}: no such file; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"--config {path}: cannot be read as UTF-8 text ({problem})") from None
+        raise UserError(f"{option} {path}: cannot be read as UTF-8 text ({problem})") from None
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as problem:
         where = str(problem).replace('"<unicode string>"', "it")
-        raise UserError(f"--config {path}: not valid YAML: {where}") from None
+        raise UserError(f"{option} {path}: not valid YAML: {where}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: holds {type(values).__name__}, must be a mapping of sections")
+        raise UserError(f"{option} {path}: holds {type(values).__name__}, must be a mapping")
     return values
 
 

@@ -1,14 +1,15 @@
 """What a run is planned for: devices, machines, links, and what is assumed about how well they are used."""
 
 import dataclasses
+import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from adamoe_dist.config import read_values
 from adamoe_dist.errors import UserError
 
 
@@ -85,8 +86,18 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
 
-def _assumed(default: float, doc: str, cpu: float | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "cpu": default if cpu is None else cpu})
+_ABOVE_0 = math.ulp(0.0)
+
+
+def _assumed(
+    default: float, doc: str, cpu: float | None = None, least: float = 0.0, most: float = sys.float_info.max
+) -> Any:
+    metadata = {"doc": doc, "cpu": default if cpu is None else cpu, "least": least, "most": most}
+    return field(default=default, metadata=metadata)
+
+
+def _share(default: float, doc: str, cpu: float | None = None, least: float = _ABOVE_0) -> Any:
+    return _assumed(default, doc, cpu, least, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,29 +108,31 @@ class Assumptions:
     (docs/planning.md).
     """
 
-    matmul_efficiency: float = _assumed(0.55, "part of peak that dense matrix products reach", cpu=0.6)
-    attention_efficiency: float = _assumed(0.40, "part of peak that the attention core reaches", cpu=0.3)
-    expert_efficiency: float = _assumed(0.40, "part of peak that the experts' grouped products reach", cpu=0.5)
-    expert_imbalance: float = _assumed(1.1, "rows of the fullest rank over the mean", cpu=1.03)
-    memory_efficiency: float = _assumed(0.7, "part of the memory's rate that element-wise work reaches")
+    matmul_efficiency: float = _share(0.55, "part of peak that dense matrix products reach", cpu=0.6)
+    attention_efficiency: float = _share(0.40, "part of peak that the attention core reaches", cpu=0.3)
+    expert_efficiency: float = _share(0.40, "part of peak that the experts' grouped products reach", cpu=0.5)
+    expert_imbalance: float = _assumed(1.1, "rows of the fullest rank over the mean", cpu=1.03, least=1.0)
+    memory_efficiency: float = _share(0.7, "part of the memory's rate that element-wise work reaches")
     activation_moves: float = _assumed(
         6.0, "times that a kept activation goes through memory, forward and backward, outside of products"
     )
     layer_overhead_us: float = _assumed(
         500.0, "launches and host work of a layer's forward pass, microseconds", cpu=2e3
     )
-    intra_efficiency: float = _assumed(0.75, "part of the rate within a node that collectives reach")
-    inter_efficiency: float = _assumed(0.8, "part of the rate between nodes that collectives reach", cpu=0.57)
+    intra_efficiency: float = _share(0.75, "part of the rate within a node that collectives reach")
+    inter_efficiency: float = _share(0.8, "part of the rate between nodes that collectives reach", cpu=0.57)
     latency_us: float = _assumed(20.0, "start of one collective, microseconds", cpu=300.0)
-    overlap: float = _assumed(
-        0.5, "part of the computing time behind which ZeRO's exchanges can hide, where they are overlapped"
+    overlap: float = _share(
+        0.5, "part of the computing time behind which ZeRO's exchanges can hide, where they are overlapped", least=0.0
     )
-    host_gb_s: float = _assumed(25.0, "rate to CPU memory for an offloaded optimizer, a rank, GB/s")
-    host_update_gb_s: float = _assumed(15.0, "rate at which the CPU updates an offloaded state, a rank, GB/s", cpu=5.0)
+    host_gb_s: float = _assumed(25.0, "rate to CPU memory for an offloaded optimizer, a rank, GB/s", least=_ABOVE_0)
+    host_update_gb_s: float = _assumed(
+        15.0, "rate at which the CPU updates an offloaded state, a rank, GB/s", cpu=5.0, least=_ABOVE_0
+    )
     memory_overhead_gib: float = _assumed(
-        2.0, "memory of the driver, the collectives' library and fragments, GiB", cpu=0.025
+        2.0, "memory of the driver (on a CPU: of the empty process), the collectives' library, fragments, GiB", cpu=0.38
     )
-    memory_share: float = _assumed(0.95, "part of the device's memory that may be filled")
+    memory_share: float = _share(0.95, "part of the device's memory that may be filled")
 
     @classmethod
     def of(cls, device: Device) -> "Assumptions":
@@ -130,17 +143,19 @@ class Assumptions:
         """Return these with other values.
 
         Raises:
-            UserError: there is no such assumption, or the value is not a positive number.
+            UserError: there is no such assumption, or the value is no number or out of its range.
         """
-        known = {entry.name for entry in dataclasses.fields(self)}
+        known = {entry.name: entry.metadata for entry in dataclasses.fields(self)}
+        changes = {}
         for name, value in values.items():
             if name not in known:
                 raise UserError(f"{origin} {name}={value}: no such assumption; known: {', '.join(sorted(known))}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise UserError(f"{origin} {name}={value}: must be a number that is not negative")
-            if value == 0 and not name.endswith(("_us", "_gib", "_moves")):
-                raise UserError(f"{origin} {name}={value}: must be above 0")
-        return dataclasses.replace(self, **{name: float(value) for name, value in values.items()})
+            least, most = known[name]["least"], known[name]["most"]
+            changes[name] = _number(value)
+            if not least <= changes[name] <= most:
+                words = "above 0" if least == _ABOVE_0 else f"at least {least:g}"
+                raise UserError(f"{origin} {name}={value}: must be a number, {words} and at most {most:g}")
+        return dataclasses.replace(self, **changes)
 
     def lines(self) -> list[str]:
         """Return each with its value and meaning."""
@@ -148,29 +163,25 @@ class Assumptions:
 
 
 def read_assumptions(assumptions: Assumptions, file: Path | None, pairs: Iterable[str]) -> Assumptions:
-    """Apply a YAML file of ``name: value``, or lines ``name=value``, and then pairs ``name=value``.
+    """Apply a YAML file of ``name: value``, and then pairs ``name=value``.
 
     Raises:
         UserError: the file cannot be read, or something in it or in the pairs is no assumption.
     """
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise UserError(f"--assumptions {file}: cannot be read ({problem}); give a file of name=value") from None
-        lines = [line.split("#")[0].strip().replace(": ", "=", 1) for line in text.splitlines()]
-        assumptions = assumptions.changed(_parsed(filter(None, lines), f"--assumptions {file}:"), "--assumptions")
-    return assumptions.changed(_parsed(pairs, "--assume"))
-
-
-def _parsed(pairs: Iterable[str], origin: str) -> dict[str, Any]:
-    found = {}
+        assumptions = assumptions.changed(read_values(file, option="--assumptions"), f"--assumptions {file}:")
+    values = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
         if not separator:
-            raise UserError(f"{origin} {pair!r} is not name=value")
-        try:
-            found[name.strip()] = float(text)
-        except ValueError:
-            found[name.strip()] = yaml.safe_load(text)
-    return found
+            raise UserError(f"--assume {pair!r} is not name=value")
+        values[name.strip()] = text
+    return assumptions.changed(values)
+
+
+def _number(value: Any) -> float:
+    """Return a number, also one that YAML takes for text (1e3); NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan

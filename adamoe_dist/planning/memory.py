@@ -56,6 +56,18 @@ class PeakMemory:
         """The peak on the device: scores are gone when the layers' backward passes come."""
         return self.state.total + self.buckets + self.activations + max(self.scores, self.passing)
 
+    def table_parts(self, overhead: float) -> dict[str, float]:
+        """Return the bytes by part, in few parts that add up, with ``overhead`` bytes of the driver."""
+        return {
+            "weights": self.state.weights,
+            "gradients": self.state.gradients,
+            "optimizer": self.state.optimizer,
+            "buffers": self.buckets,
+            "activations": self.activations,
+            "in passing": max(self.scores, self.passing),
+            "overhead": overhead,
+        }
+
     def parts(self) -> dict[str, float]:
         """Return the bytes by part; of ``scores`` and ``passing`` the larger counts."""
         state = self.state

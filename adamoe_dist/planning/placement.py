@@ -9,48 +9,62 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
+from typing import NamedTuple
 
 from adamoe_dist.config import Layout
 
 
+class Shape(NamedTuple):
+    """How one group lies: the machines that it is on, its ranks on the emptiest and on the fullest of them."""
+
+    nodes: int
+    fewest: int
+    most: int
+
+
 @dataclass(frozen=True)
 class Spread:
-    """A kind of group over the machines, as a mean over all its groups.
+    """A kind of group over the machines: what its ranks send on average, and what the slowest wait for.
 
     Attributes:
         size: ranks of a group.
-        nodes: machines that a group is on.
-        same_node: other ranks of the group on a rank's own machine.
-        other_node: ranks of the group on other machines.
+        same_node: other ranks of the group on a rank's own machine, the mean over all ranks.
+        other_node: ranks of the group on other machines, the mean.
+        shapes: of all groups, each that differs once.
     """
 
     size: int
-    nodes: float
     same_node: float
     other_node: float
+    shapes: frozenset[Shape]
 
     @property
-    def per_node(self) -> float:
-        """Ranks of a group on one of its machines."""
-        return self.size / self.nodes
+    def most_near(self) -> int:
+        """Other ranks of the group on the machine of the rank that has most there."""
+        return max(shape.most for shape in self.shapes) - 1
+
+    @property
+    def most_far(self) -> int:
+        """Ranks of the group on other machines, for the rank that has most there."""
+        return self.size - min(shape.fewest for shape in self.shapes)
 
 
 @lru_cache(maxsize=65536)
 def spread_of(world_size: int, gpus_per_node: int, size: int, stride: int) -> Spread:
     """Return the spread of the groups of ``size`` ranks that are ``stride`` apart and together make the world."""
     if size == 1:
-        return Spread(1, 1.0, 0.0, 0.0)
+        return Spread(1, 0.0, 0.0, frozenset([Shape(1, 1, 1)]))
     block = size * stride
     ranks = min(world_size, lcm(block, gpus_per_node))
-    groups, nodes, same = 0, 0, 0
+    groups, same, shapes = 0, 0, set()
     for base in range(0, ranks, block):
         for first in range(base, base + stride):
-            on_node = Counter(rank // gpus_per_node for rank in range(first, first + block, stride))
+            on_node = Counter(rank // gpus_per_node for rank in range(first, first + block, stride)).values()
             groups += 1
-            nodes += len(on_node)
-            same += sum(count * (count - 1) for count in on_node.values())
+            same += sum(count * (count - 1) for count in on_node)
+            shapes.add(Shape(len(on_node), min(on_node), max(on_node)))
     near = same / (groups * size)
-    return Spread(size, nodes / groups, near, size - 1 - near)
+    return Spread(size, near, size - 1 - near, frozenset(shapes))
 
 
 @dataclass(frozen=True, kw_only=True)

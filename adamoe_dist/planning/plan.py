@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from adamoe_dist.config import Config, Resolved, resolve
 from adamoe_dist.errors import UserError
@@ -158,6 +159,29 @@ def make_plan(
         model_flops=flops_per_token(config, parameters, mean),
         hardware_flops=hardware_flops_per_token(config, parameters, mean),
     )
+
+
+def memory_by_stage(plan: Plan) -> dict[int, PeakMemory | UserError]:
+    """Return the peak of a rank in each ZeRO stage with all else as planned, or why the stage is refused."""
+    found: dict[int, PeakMemory | UserError] = {}
+    kept_rows = (plan.rows.rows + plan.rows.same_rank) * plan.rows.row_bytes
+    for stage in range(4):
+        zero: Any = {"stage": stage}
+        config = dataclasses.replace(plan.config, zero=dataclasses.replace(plan.config.zero, **zero))
+        try:
+            found[stage] = peak_memory(
+                config,
+                resolve(config, plan.cluster.world_size),
+                plan.parameters,
+                plan.padded_vocab_size,
+                plan.precision,
+                plan.load.true_experts_per_token,
+                kept_rows,
+                plan.cluster.device.is_cpu,
+            )
+        except UserError as refusal:
+            found[stage] = refusal
+    return found
 
 
 def calibrated(plan: Plan, measured_step_s: float) -> Assumptions:

@@ -15,8 +15,9 @@ WEIGHT_BYTES = 4
 class DispatchRows:
     """What one forward dispatch of a layer sends for a rank's tokens, as the run's metrics count it.
 
-    ``bytes_*`` go to other ranks: rows, combine weights and routing bits. ``undeduplicated_*`` are the (token, true
-    expert) pairs whose expert is there.
+    All are means over ranks but ``most_near`` and ``most_far``: the ranks, copies counted, to which those with most
+    of them on their own machine and on others send. ``bytes_to_a_rank`` are rows, combine weights and routing bits.
+    ``undeduplicated_*`` are the (token, true expert) pairs whose expert is there.
     """
 
     same_rank: float
@@ -25,8 +26,11 @@ class DispatchRows:
     undeduplicated_near: float
     undeduplicated_far: float
     row_bytes: int
+    bytes_to_a_rank: float
     bytes_same_node: float
     bytes_other_node: float
+    most_near: float
+    most_far: float
 
     @property
     def rows(self) -> float:
@@ -82,15 +86,14 @@ def dispatch_rows(
         rows = moe.num_experts / layout.expert * ceil(tokens * factor * moe.expected_load / moe.num_experts)
     elif is_deduplicated(config):
         rows = tokens * chance_of_a_rank(moe.num_experts, layout.expert, distribution)
-    copies_near = groups.expert_tensor.same_node * layout.expert
-    copies_far = groups.expert_tensor.other_node * layout.expert
-    near, far = groups.expert.same_node + copies_near, groups.expert.other_node + copies_far
+    expert, copies = groups.expert, groups.expert_tensor
+    near = expert.same_node + layout.expert * copies.same_node
+    far = expert.other_node + layout.expert * copies.other_node
     weights = {"allgather": tokens * moe.num_experts}.get(moe.dispatcher.type, pairs)
     if moe.dispatcher.pad_to_capacity:
         weights = rows
     bits = tokens * ceil(moe.num_experts / layout.expert / 8) if _sends_bits(config) else 0.0
-    all_bits_near = bits * (groups.expert.same_node + layout.expert * groups.expert_tensor.same_node)
-    all_bits_far = bits * (groups.expert.other_node + layout.expert * groups.expert_tensor.other_node)
+    each = rows * width + weights * WEIGHT_BYTES + bits
     return DispatchRows(
         same_rank=rows,
         same_node=rows * near,
@@ -98,8 +101,11 @@ def dispatch_rows(
         undeduplicated_near=pairs * near,
         undeduplicated_far=pairs * far,
         row_bytes=width,
-        bytes_same_node=(rows * width + weights * WEIGHT_BYTES) * near + all_bits_near,
-        bytes_other_node=(rows * width + weights * WEIGHT_BYTES) * far + all_bits_far,
+        bytes_to_a_rank=each,
+        bytes_same_node=each * near,
+        bytes_other_node=each * far,
+        most_near=expert.most_near + layout.expert * copies.most_near,
+        most_far=expert.most_far + layout.expert * copies.most_far,
     )
 
 

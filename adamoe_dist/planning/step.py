@@ -124,16 +124,14 @@ def step_time(setting: Setting, state: RankMemory) -> StepTime:
     batch, count = batches[slowest], setting.resolved.micro_batches_per_rank
     stages = setting.resolved.layout.pipeline
     tokens = tokens_of_a_rank(setting.config, setting.resolved)
-    message = setting.links.message(
-        tokens * setting.config.model.hidden_size * setting.element_bytes, setting.groups.pipeline
-    )
+    message = tokens * setting.config.model.hidden_size * setting.element_bytes
     return StepTime(
         dense=count * batch.dense,
         experts=count * batch.experts,
         dispatch=count * batch.dispatch,
         tensor=count * batch.tensor,
         context=count * batch.context,
-        pipeline=2 * (count + stages - 1) * message,
+        pipeline=2 * setting.links.relay(message, setting.groups.pipeline, count + 1),
         bubble=(stages - 1) * batch.total,
         zero=count * batch.zero + zeros[slowest].per_step,
         update=_update(setting, state, locals_[slowest]),

@@ -9,8 +9,11 @@ from adamoe_dist.config import BalanceConfig, Config, DispatcherConfig
 from adamoe_dist.planning.hardware import Assumptions, Cluster
 from adamoe_dist.planning.plan import Load, Plan
 from adamoe_dist.planning.search import search
+from adamoe_dist.planning.space import Space
 
 MOST_RANKS = 10_000
+FIXED = frozenset({"parallel.context", "parallel.expert_tensor", "zero.stage", "zero.offload_optimizer"})
+"""Keys that a sweep leaves as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ def sweep(
     load: Load,
     advance: Callable[[int], Any] = lambda count: None,
     counts: Sequence[int] = (),
+    held: frozenset[str] = frozenset(),
 ) -> Iterator[Point]:
     """Yield the best plan of each model on each number of machines.
 
@@ -64,13 +68,15 @@ def sweep(
     models are AdaMoE at its load, at the whole load nearest to it, and Megatron's top-k at that load.
 
     Args:
-        config: the tree; its tensor, pipeline and expert degrees, recomputation and micro-batch are replaced.
+        config: the tree; its tensor, pipeline and expert degrees, recomputation and micro-batch are replaced if they
+            are not held.
         cluster: the machines; their number only says how many samples a rank has.
         assumptions: what is taken for granted.
         vocab_size: ids of the tokenizer.
         load: of a token.
         advance: told after each model how many are done since the last call.
         counts: numbers of machines; none: :func:`nodes_of`.
+        held: keys that stay as they are, besides those of :data:`FIXED`.
     """
     top_k = equal_load(config, load)
     samples = max(1, config.train.global_batch_size // cluster.world_size)
@@ -81,11 +87,12 @@ def sweep(
     if load.true_experts_per_token != top_k and is_possible:
         models.append((f"AdaMoE, load {top_k}", config, at_load))
     models.append((f"Megatron top-{top_k}", baseline(config, top_k), at_load))
+    space = Space(held=held | FIXED, micro_batches=(1, 2, 4))
     for nodes in counts or nodes_of(cluster):
         machines = dataclasses.replace(cluster, nodes=nodes)
         for name, model, of_token in models:
             batch: Any = {"global_batch_size": samples * machines.world_size}
             grown = dataclasses.replace(model, train=dataclasses.replace(model.train, **batch))
-            found = search(grown, machines, assumptions, vocab_size, of_token, narrow=True)
+            found = search(grown, machines, assumptions, vocab_size, of_token, space)
             advance(1)
             yield Point(model=name, cluster=machines, plan=found.fitting[0] if found.fitting else None)

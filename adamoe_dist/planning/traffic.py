@@ -38,21 +38,28 @@ class Links:
         """Return the time of a reduce-scatter, or of an all-gather, of ``size`` bytes: first near, then far.
 
         With r ranks of the group on each of its M nodes each rank passes (r - 1) / r of it near, and of the r-th part
-        that is left (M - 1) / M far, all ports of a node at once.
+        that is left (M - 1) / M far, all ports of a node at once. On uneven nodes the fullest has most to pass near
+        and the emptiest, with the fewest ports, most to pass far. All wait for the slowest group.
         """
         if spread.size == 1 or size == 0:
             return 0.0
-        here, nodes = spread.per_node, spread.nodes
-        near = size * (here - 1) / here / self.near
-        far = size / here * (nodes - 1) / nodes / self.far
-        return self.latency_s + near + far
+        times = (
+            size * (1 - 1 / most) / self.near + size / fewest * (1 - 1 / nodes) / self.far
+            for nodes, fewest, most in spread.shapes
+        )
+        return self.latency_s + max(times)
 
-    def message(self, size: float, spread: Spread) -> float:
-        """Return the time of one message to the neighbour in a group, whose row of ranks may leave the node."""
+    def relay(self, size: float, spread: Spread, count: int) -> float:
+        """Return the time of ``count`` messages through a row of ranks, each handed from neighbour to neighbour.
+
+        The first goes all the way; the others follow at the pace of the slowest link of any group.
+        """
         if spread.size == 1:
             return 0.0
-        crossings = (spread.nodes - 1) / (spread.size - 1)
-        return self.latency_s + size * (crossings / self.far + (1 - crossings) / self.near)
+        crossings = max(shape.nodes for shape in spread.shapes) - 1
+        near, far = self.latency_s + size / self.near, self.latency_s + size / self.far
+        whole_way = crossings * far + (spread.size - 1 - crossings) * near
+        return whole_way + (count - 1) * (far if crossings else near)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +72,16 @@ class DispatchTime:
 
 
 def dispatch_time(rows: DispatchRows, links: Links, imbalance: float) -> DispatchTime:
-    """Return the time of a dispatch; the fullest rank, ``imbalance`` times the mean, is what all wait for."""
+    """Return the time of a dispatch: all wait for the fullest rank, ``imbalance`` times the mean, and the farthest."""
     if rows.rows == 0:
         return DispatchTime(bits=0.0, there=0.0, back=0.0)
-    row_near, row_far = rows.same_node * rows.row_bytes, rows.other_node * rows.row_bytes
-    bits = links.latency_s
-    there = links.exchange(rows.bytes_same_node * imbalance, rows.bytes_other_node * imbalance)
-    return DispatchTime(bits=bits, there=there, back=links.exchange(row_near * imbalance, row_far * imbalance))
+    near, far = rows.most_near * imbalance, rows.most_far * imbalance
+    rows_back = rows.same_rank * rows.row_bytes
+    return DispatchTime(
+        bits=links.latency_s,
+        there=links.exchange(near * rows.bytes_to_a_rank, far * rows.bytes_to_a_rank),
+        back=links.exchange(near * rows_back, far * rows_back),
+    )
 
 
 def dispatch_bytes_of_layer(rows: DispatchRows, full_recompute: bool) -> tuple[float, float]:
@@ -120,7 +130,7 @@ def context_time(config: Config, resolved: Resolved, links: Links, groups: Group
     total = 0.0
     for width in (queries + 2 * keys, queries):
         part = tokens * width * size / layout.tensor / spread.size
-        total += passes * links.exchange(part * spread.same_node, part * spread.other_node)
+        total += passes * links.exchange(part * spread.most_near, part * spread.most_far)
     return total
 
 

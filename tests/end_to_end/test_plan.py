@@ -71,8 +71,8 @@ def test_no_torch_is_loaded(workspace) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "band"), [(2, 0.02), pytest.param(4, 0.03, marks=pytest.mark.slow)])
+def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int, band: float) -> None:
     """Planned from the load that the run had after its warm-up, rows are near its own, bytes too.
 
     Experts of a small router are not used alike: in runs of the quickstart's size it is 0 to 2.3 %. With a high
@@ -91,5 +91,7 @@ def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int) -> None:
     found = plan(workspace, "--gpus-per-node", str(ranks), "--measured", f"{run}/metrics.jsonl", "--json", *options)
     answer = json.loads(found.stdout)
     assert answer["dispatch_rows_other_node"] == 0
-    assert answer["dispatch_rows_same_node"] == pytest.approx(measured["dispatch_rows"], rel=0.03)
-    assert answer["dispatch_bytes"] == pytest.approx(measured["dispatch_bytes"], rel=0.03)
+    assert answer["dispatch_rows_same_node"] == pytest.approx(measured["dispatch_rows"], rel=band)
+    assert answer["dispatch_bytes"] == pytest.approx(measured["dispatch_bytes"], rel=band)
+    last = metrics_of(run, drop=set())[-1]
+    assert answer["memory_gib"] == pytest.approx(last["memory_peak_gib"], rel=0.15)

@@ -16,6 +16,8 @@ LAYOUTS = [
     (24, 6, {"expert": 4, "expert_tensor": 2, "pipeline": 3}),
     (20, 5, {"expert": 4, "context": 2}),
     (8, 8, {"expert": 1}),
+    (12, 6, {"expert": 4}),
+    (24, 6, {"expert": 8, "tensor": 4}),
 ]
 
 
@@ -49,13 +51,14 @@ def test_groups_are_where_megatron_numbers_them(world: int, per_node: int, degre
         (sparse, (1,), groups.expert),
         (sparse, (2,), groups.expert_data),
     ):
-        near = far = 0
+        near, far = [0] * world, [0] * world
         for (mine, rank), (theirs, other) in product(ranks.items(), ranks.items()):
             same_group = all(a == b for axis, (a, b) in enumerate(zip(mine, theirs, strict=True)) if axis not in axes)
             if rank != other and same_group:
-                near += rank // per_node == other // per_node
-                far += rank // per_node != other // per_node
-        assert (spread.same_node, spread.other_node) == pytest.approx((near / world, far / world))
+                near[rank] += rank // per_node == other // per_node
+                far[rank] += rank // per_node != other // per_node
+        assert (spread.same_node, spread.other_node) == pytest.approx((sum(near) / world, sum(far) / world))
+        assert (spread.most_near, spread.most_far) == (max(near), max(far))
 
 
 @pytest.mark.parametrize(("world", "per_node", "degrees"), LAYOUTS)

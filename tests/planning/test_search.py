@@ -1,30 +1,28 @@
-"""The search over layouts, the sweep, and the files that a plan becomes."""
+"""The search over layouts, what it holds, and the sweep."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adamoe_dist.config import Config, config_from_dict, load_config, resolve
+from adamoe_dist.config import Config, config_from_dict, overridden_keys, resolve
 from adamoe_dist.errors import UserError
 from adamoe_dist.planning import (
     DEVICES,
     Assumptions,
     Cluster,
     Load,
+    Space,
     baseline,
     make_plan,
     nodes_of,
-    read_assumptions,
     search,
+    search_table,
     sweep,
-    write_config,
-    write_slurm,
+    sweep_table,
 )
 from tests.distributed.cases import BASE, merged
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
 BIG = {
     "model": {
         "num_layers": 8,
@@ -76,6 +74,56 @@ def test_a_model_that_fits_nowhere_says_by_how_much() -> None:
     assert "--nodes 2 --gpus-per-node 4 --gpu h100" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def held(config: Config, *overrides: str) -> Space:
+    return Space.holding(config, overridden_keys(overrides))
+
+
+def test_what_is_held_stays_and_the_rest_is_searched() -> None:
+    overrides = ["parallel.tensor=2", "train.micro_batch_size=2", "train.recompute=full", "zero={stage: 2}"]
+    config = big({"parallel": {"tensor": 2, "pipeline": 2}, "zero": {"stage": 2},
+                  "train": {"micro_batch_size": 2, "recompute": "full"}})  # fmt: skip
+    found = search(config, CLUSTER, Assumptions(), 32000, space=held(config, *overrides))
+    for plan in found.fitting:
+        assert plan.resolved.layout.tensor == 2 and plan.resolved.micro_batch_size == 2
+        assert plan.config.train.recompute == "full" and plan.config.zero.stage == 2
+    assert {plan.resolved.layout.pipeline for plan in found.fitting} == {1, 2, 4}  # of the file, so free
+    table = "\n".join(search_table(found, 1))
+    assert "held by the command line: parallel.tensor=2, zero.stage=2, train.recompute=full, " in table
+    assert "context up to 8" in table and "ZeRO 0 to 3" not in table and "tensor up to" not in table.split("tried:")[1]
+
+
+def test_offloading_and_stages_as_held() -> None:
+    config = big({"zero": {"stage": 1, "offload_optimizer": True}})
+    for overrides, expected in (
+        (["zero.offload_optimizer=true"], {(1, True), (2, True), (3, True)}),
+        (["zero.offload_optimizer=true", "zero.stage=1"], {(1, True)}),
+        ([], {(0, False), (1, False)}),
+    ):
+        found = search(config, CLUSTER, Assumptions(), 32000, space=held(config, *overrides))
+        stages = {(plan.config.zero.stage, plan.config.zero.offload_optimizer) for plan in found.fitting}
+        assert stages <= expected | {(2, True), (2, False), (3, False)} if not overrides else stages <= expected
+        assert stages and (overrides or expected <= stages)
+
+
+def test_a_held_key_that_no_layout_can_have_is_named() -> None:
+    for changes, override in (
+        ({"parallel": {"tensor": 3}}, "parallel.tensor=3"),
+        ({"train": {"micro_batch_size": 7}}, "train.micro_batch_size=7"),
+        ({"parallel": {"expert": 5}}, "parallel.expert=5"),
+    ):
+        config = big(changes)
+        with pytest.raises(UserError, match=override):
+            search(config, CLUSTER, Assumptions(), 32000, space=held(config, override)).best()
+
+
+def test_stage_3_is_marked_and_auto_holds_nothing() -> None:
+    config = big({"zero": {"stage": 3}})
+    found = search(config, CLUSTER, Assumptions(), 32000, space=held(config, "zero.stage=3", "parallel.expert=auto"))
+    assert found.space.held == {"zero.stage"}
+    assert "ZeRO-3 (experimental)" in search_table(found, 1)[2]
+    assert len({plan.resolved.layout.expert for plan in found.fitting}) > 1
+
+
 def test_the_baseline_is_a_valid_configuration() -> None:
     config = baseline(big({"moe": {"router": {"target_load": 1.5}, "null_types": {"identity": 2}}}), 2)
     assert config.moe.expected_load == 2 and resolve(config, 8).layout.expert == 8
@@ -92,31 +140,11 @@ def test_the_sweep_compares_at_equal_load() -> None:
     assert ours.plan.resolved.world_size == 10_000
     tokens = ours.plan.resolved.tokens_per_step
     assert tokens == theirs.plan.resolved.tokens_per_step == 10_000 * 8 * 2048
+    first, *_ = [row for row in sweep_table(points) if row.startswith("| 10000 ")]
+    assert first.split("|")[2].strip() == f"{tokens:,}"
 
 
-def test_a_written_configuration_plans_the_same(tmp_path: Path) -> None:
-    plan = search(big(), CLUSTER, Assumptions(), 32000).best()
-    write_config(plan, tmp_path / "planned.yaml", overwrite=False)
-    again = make_plan(load_config(tmp_path / "planned.yaml"), CLUSTER, Assumptions(), 32000)
-    assert again.time == plan.time and again.memory == plan.memory
-    with pytest.raises(UserError, match="--overwrite"):
-        write_config(plan, tmp_path / "planned.yaml", overwrite=False)
-    write_slurm(plan, Path("planned.yaml"), TEMPLATE, tmp_path / "job", overwrite=False)
-    changed = set((tmp_path / "job").read_text().splitlines()) - set(TEMPLATE.read_text().splitlines())
-    assert changed == {
-        "#SBATCH --ntasks-per-node=4", "#SBATCH --gpus-per-node=4", "config=${CONFIG:-planned.yaml}"
-    }  # fmt: skip
-
-
-def test_assumptions_are_read_and_refused(tmp_path: Path) -> None:
-    file = tmp_path / "assumed"
-    file.write_text("# measured\nmatmul_efficiency=0.6\nlatency_us: 12\n")
-    read = read_assumptions(Assumptions(), file, ["latency_us=7"])
-    assert (read.matmul_efficiency, read.latency_us) == (0.6, 7.0)
-    for pair, why in (("speed=3", "no such assumption"), ("latency_us=-1", "not negative"), ("latency_us", "name=")):
-        with pytest.raises(UserError, match=why):
-            read_assumptions(Assumptions(), None, [pair])
-    with pytest.raises(UserError, match="above 0"):
-        read_assumptions(Assumptions(), None, ["matmul_efficiency=0"])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_assumptions(Assumptions(), tmp_path / "none", [])
+def test_a_sweep_in_which_nothing_fits_is_refused() -> None:
+    points = list(sweep(big(), with_memory(2.5), Assumptions(), 32000, Load(true_experts_per_token=2.0), counts=[1]))
+    with pytest.raises(UserError, match="--sweep: no model fits"):
+        sweep_table(points)

@@ -7,8 +7,8 @@ import pytest
 
 from adamoe_dist.config import Config, config_from_dict
 from adamoe_dist.errors import UserError
-from adamoe_dist.planning import DEVICES, Assumptions, Cluster, Load, Plan, calibrated, make_plan
-from adamoe_dist.planning.placement import Spread
+from adamoe_dist.planning import DEVICES, Assumptions, Cluster, Load, Plan, calibrated, make_plan, spread_of
+from adamoe_dist.planning.placement import Shape, Spread
 from adamoe_dist.planning.traffic import Links
 from tests.distributed.cases import BASE, merged
 
@@ -71,10 +71,63 @@ def test_only_the_shared_expert_hides_rows() -> None:
 
 def test_collectives_of_a_group_over_nodes() -> None:
     links = Links(near=100.0, far=10.0, latency_s=0.0)
-    assert links.scatter(80, Spread(4, 1, 3, 0)) == pytest.approx(80 * 3 / 4 / 100)
-    assert links.scatter(80, Spread(4, 4, 0, 3)) == pytest.approx(80 * 3 / 4 / 10)
-    assert links.scatter(80, Spread(8, 2, 3, 4)) == pytest.approx(80 * 3 / 4 / 100 + 20 / 2 / 10)
-    assert links.exchange(50, 20) == 2.0 and links.scatter(80, Spread(1, 1, 0, 0)) == 0
+
+    def scatter(size: int, *shapes: tuple[int, int, int]) -> float:
+        return links.scatter(80, Spread(size, 0, 0, frozenset(Shape(*shape) for shape in shapes)))
+
+    assert scatter(4, (1, 4, 4)) == pytest.approx(80 * 3 / 4 / 100)
+    assert scatter(4, (4, 1, 1)) == pytest.approx(80 * 3 / 4 / 10)
+    assert scatter(8, (2, 4, 4)) == pytest.approx(80 * 3 / 4 / 100 + 20 / 2 / 10)
+    assert scatter(4, (1, 4, 4), (2, 1, 3)) == pytest.approx(80 * 2 / 3 / 100 + 80 / 1 / 2 / 10)
+    assert links.exchange(50, 20) == 2.0 and scatter(1, (1, 1, 1)) == 0
+
+
+def test_messages_keep_the_pace_of_the_slowest_link() -> None:
+    """Four stages of three ranks each on machines of six: of three hops one leaves the machine."""
+    links = Links(near=100.0, far=10.0, latency_s=0.0)
+    assert links.relay(20, spread_of(12, 6, 4, 3), 5) == pytest.approx(2 * 0.2 + 2.0 + 4 * 2.0)
+    assert links.relay(20, spread_of(12, 12, 4, 3), 5) == pytest.approx((3 + 4) * 0.2)
+    assert links.relay(20, spread_of(12, 6, 1, 12), 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "per_node", "size", "expected_ms"), [(12, 6, 4, 0.82), (40, 8, 5, 1.30), (24, 8, 6, 1.087)]
+)
+def test_an_exchange_lasts_as_long_as_its_slowest_rank(
+    world: int, per_node: int, size: int, expected_ms: float
+) -> None:
+    """Groups that machines cut unevenly: 64 MB of each rank, rank by rank."""
+    links, spread = Links.of(GPUS, Assumptions()), spread_of(world, per_node, size, 1)
+    part = 64e6 / size
+    slowest = 0.0
+    for rank in range(world):
+        first = rank // size * size
+        others = [other // per_node == rank // per_node for other in range(first, first + size) if other != rank]
+        slowest = max(slowest, links.exchange(part * sum(others), part * (len(others) - sum(others))))
+    assert 1e3 * slowest == pytest.approx(expected_ms, rel=0.005)
+    assert links.exchange(part * spread.most_near, part * spread.most_far) == pytest.approx(slowest)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_dispatch_over_uneven_nodes_waits_for_its_slowest_rank(tensor: int) -> None:
+    """Experts over 4 ranks (8 with cut experts) on machines of 6, without latency: there and back, twice."""
+    cluster = dataclasses.replace(GPUS, nodes=4, gpus_per_node=6)
+    degrees = {"expert": 4, "expert_tensor": tensor, "tensor": tensor}
+    changes = {"parallel": degrees, "train": {"global_batch_size": 24}, "moe": {"num_experts": 8}}
+    plan = planned(changes, cluster, latency_us=0, expert_imbalance=1.0)
+    block, slowest = 4 * tensor, (0, 0)
+    for rank in range(24):
+        group = range(rank // block * block, (rank // block + 1) * block)
+        peers = [other for other in group if other % tensor == rank % tensor and other != rank]
+        copies = [other for other in group if other // tensor == rank // tensor and other != rank]
+        receivers = [*peers, *(4 * copies)]
+        far = sum(other // 6 != rank // 6 for other in receivers)
+        slowest = max(slowest, (far, len(receivers) - far))
+    far, rows = slowest[0], plan.rows
+    both_ways = far * (2 * rows.bytes_to_a_rank + 2 * rows.same_rank * rows.row_bytes) / (50e9 * 0.8)
+    layers = plan.parameters.moe_layers * plan.resolved.micro_batches_per_rank
+    assert plan.time.dispatch == pytest.approx(layers * both_ways)
+    assert rows.other_node < far * rows.same_rank
 
 
 def test_an_offloaded_optimizer_is_bound_by_the_host() -> None:
