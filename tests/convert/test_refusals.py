@@ -1,7 +1,6 @@
 """What is not converted: each in one line that names the file or key, nothing half-written."""
 
 import json
-import resource
 import runpy
 import shutil
 import subprocess
@@ -22,12 +21,10 @@ from adamoe_dist.checkpoint import (
     read_index,
     read_tensor,
     set_null_experts,
-    verify_files,
 )
 from adamoe_dist.config import load_config
 from adamoe_dist.convert import Comparing, HFConfig, export_model, family_of, import_model, plan_export, plan_import
 from adamoe_dist.convert.commands import describe_hf_directory, size_in_bytes
-from adamoe_dist.convert.outputs import check_output
 from adamoe_dist.errors import UserError
 from tests.convert import models
 
@@ -271,38 +268,6 @@ def test_an_embedding_larger_than_the_tokenizer_stays_as_large(source: Path, tmp
     assert tree["model"]["vocab_size"] == models.VOCAB and tree["model"]["vocab_size_multiple"] == 64
     export_model(plan_export(str(checkpoint)), tmp_path / "back")
     assert models.tensors_of(tmp_path / "back")["lm_head.weight"].shape[0] == models.VOCAB
-
-
-def test_output_in_use_and_no_room(source: Path, tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "note").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
-        import_model(plan_import(source), taken)
-    assert [file.name for file in taken.iterdir()] == ["note"]
-    with pytest.raises(UserError, match=r"GB are to be written and the disk of .* has"):
-        check_output(tmp_path / "new" / "deep", 10**17)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_write_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    plan = plan_import(source)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(UserError, match="nothing is left of it"):
-            import_model(plan, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf"]
-
-
-def test_what_a_killed_run_left_is_removed(source: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / "out.tmp" / "iter_0000000.tmp"
-    leftover.mkdir(parents=True)
-    (leftover / "__0_0.distcp").write_bytes(b"half")
-    verify_files(import_model(plan_import(source), tmp_path / "out"))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_it_cannot_be_resumed_but_started_from(source: Path, tmp_path: Path) -> None:
