@@ -66,6 +66,20 @@ class ToolParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def whole_number(text: str) -> int:
+    """Read an option that is a whole number from 0 on; a ``type`` of argparse's."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def given_path(text: str) -> str:
+    """Read an option that is a path; a ``type`` of argparse's."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path; give one")
+    return text
+
+
 def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a tool's ``main(argv)`` and exit as the project promises.
 

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from adamoe_dist import platform
-from adamoe_dist.console import ToolParser, progress, run_tool, say
+from adamoe_dist.console import ToolParser, given_path, progress, run_tool, say, whole_number
 from adamoe_dist.errors import UserError
 
 platform.prepare()
@@ -59,6 +60,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
+        type=given_path,
         required=True,
         metavar="DIR",
         help="a checkpoint; or a directory of checkpoints or a run directory, whose last complete one is meant",
@@ -86,7 +88,11 @@ def _add_set_null_experts(commands: Any) -> None:
     )
     _add_source(parser)
     parser.add_argument(
-        "--to", required=True, metavar="DIR", help="a new directory of checkpoints, or DIR/iter_N with the step's N"
+        "--to",
+        type=given_path,
+        required=True,
+        metavar="DIR",
+        help="a new directory of checkpoints, or DIR/iter_N with the step's N",
     )
     parser.add_argument("--num-null-experts", type=int, required=True, metavar="M", help="null experts a layer")
     parser.add_argument("--top-k", type=int, required=True, metavar="K", help="slots a token")
@@ -97,7 +103,7 @@ def _add_set_null_experts(commands: Any) -> None:
         "at random; without it they are kept where M stays or they share one row, else drawn as moe.router.null_init "
         "in the checkpoint says, from M = 0 as copy",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of what is drawn")
+    parser.add_argument("--seed", type=whole_number, default=0, metavar="S", help="seed of what is drawn")
 
 
 def _verify(path: Path) -> None:
@@ -162,13 +168,13 @@ def _set_null_experts(options: argparse.Namespace) -> None:
         f"{path}: null experts {before['num_null_experts']} -> {options.num_null_experts}, top-k {before['top_k']} -> "
         f"{options.top_k}, null rows: {rows}"
     )
-    changed = " ".join(f"{key}={value}" for key, value in changed_keys(source, change).items())
+    changed = [f"{key}={value}" for key, value in changed_keys(source, change).items()]
     if not holds_weights_only(source):
-        say(f"continue with: checkpoint.resume={path} {changed}".rstrip())
+        say(f"continue with: {shlex.join([f'checkpoint.resume={path}', *changed])}")
         return
     if (source.parent / FILES).is_dir():
         shutil.copytree(source.parent / FILES, path.parent / FILES)
-    say(f"start a run with: checkpoint.load_weights={path} {changed}".rstrip())
+    say(f"start a run with: {shlex.join([f'checkpoint.load_weights={path}', *changed])}")
 
 
 def main(argv: list[str]) -> None:

@@ -43,6 +43,17 @@ def newest_complete(root: Path) -> Path | None:
     return next((path for path in candidates if find_incompleteness(path) is None), None)
 
 
+def directory_problem(path: Path) -> str | None:
+    """Say why a path is no directory whose files can be read; None: it is one."""
+    try:
+        os.scandir(path).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return "is not a directory"
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
+    return None if os.access(path, os.X_OK) else "cannot be read (its files cannot be opened)"
+
+
 def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> Path | None:
     """Return the checkpoint that a configuration value means.
 
@@ -63,14 +74,16 @@ def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> 
     if resume == "auto":
         return newest_complete(root)
     path = Path(resume)
-    if not path.is_dir():
-        raise UserError(f"{key}={resume} is not a directory; give a checkpoint or a run directory")
+    if problem := directory_problem(path):
+        raise UserError(f"{key}={resume} {problem}; give a checkpoint or a run directory")
     if _NAME.fullmatch(path.name) or path.name.endswith(UNFINISHED):
         problem = "its saving did not finish" if path.name.endswith(UNFINISHED) else find_incompleteness(path)
         if problem is not None:
             raise UserError(f"{key}={resume} is not a complete checkpoint ({problem}); choose another")
         return path
     inner = path / SUBDIRECTORY if (path / SUBDIRECTORY).is_dir() else path
+    if problem := directory_problem(inner):
+        raise UserError(f"{key}={resume}: {inner} {problem}; give a checkpoint or a run directory")
     found = newest_complete(inner)
     if found is None:
         raise UserError(f"{key}={resume} has no complete checkpoint; give a checkpoint or a run directory with one")

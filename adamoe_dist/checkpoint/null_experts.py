@@ -186,14 +186,16 @@ def set_null_experts(source: Path, target: Path, change: Change, on_bytes: OnByt
     """
     manifest = read_manifest(source)
     step = manifest["step"]
-    root = _root(target, step)
     verify_files(source, [METADATA, CONFIG])
-    unfinished = root / (directory_name(step) + UNFINISHED)
     try:
+        root = _root(target, step)
+        unfinished = root / (directory_name(step) + UNFINISHED)
         root.mkdir(parents=True, exist_ok=True)
         unfinished.mkdir()
     except OSError as problem:
-        raise UserError(f"--to {unfinished} cannot be made ({problem.strerror}); choose another or remove it") from None
+        raise UserError(
+            f"--to {problem.filename} cannot be made ({problem.strerror}); choose another or remove it"
+        ) from None
     try:
         _fill(source, unfinished, manifest, change, on_bytes)
         return publish(unfinished, root, step)

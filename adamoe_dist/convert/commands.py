@@ -7,26 +7,30 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from adamoe_dist.console import progress, say
+from adamoe_dist.console import given_path, progress, say
 from adamoe_dist.convert.export_plan import plan_export
 from adamoe_dist.convert.exporting import export_model
 from adamoe_dist.convert.families import FAMILIES
 from adamoe_dist.convert.hf_directory import HFDirectory
-from adamoe_dist.convert.importing import RUN_CONFIG, import_model, plan_import
+from adamoe_dist.convert.importing import import_model, plan_import
 from adamoe_dist.convert.null_choices import with_null_experts
 from adamoe_dist.convert.null_commands import (
     add_null_options,
+    add_paths,
     check_texts,
     describe_null_experts,
     null_choice,
     report_load,
+    say_how_to_start,
 )
 from adamoe_dist.convert.outputs import check_output
 from adamoe_dist.convert.tokenizer_files import count_ids
 from adamoe_dist.convert.verifying import Comparing
 from adamoe_dist.errors import UserError
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1} | {f"{letter}{end}": 10 ** (3 * power) for end in ("", "B") for power, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)}
+_MOST_BYTES = 10**18
 
 
 def add_import(commands: Any) -> None:
@@ -37,8 +41,7 @@ def add_import(commands: Any) -> None:
         description="Make a checkpoint of a Hugging Face model with experts. Its weights are all taken over, one at a "
         "time; a model that would not be the same here is refused.",
     )
-    parser.add_argument("--from", dest="source", required=True, metavar="HF_DIR", help="as save_pretrained writes it")
-    parser.add_argument("--to", required=True, metavar="CKPT_DIR", help="a new directory of checkpoints")
+    add_paths(parser)
     parser.add_argument(
         "--vocab-size-multiple", type=int, metavar="N", help="pad the vocabulary to a multiple of it (default: 128)"
     )
@@ -60,8 +63,8 @@ def run_import(options: argparse.Namespace) -> None:
     parameters = sum(weight.elements for weight in plan.weights if not weight.is_copy)
     say(f"{path}: {plan.source.family.model_type}, {parameters} parameters, {len(plan.weights)} tensors")
     say(describe_null_experts(plan))
-    report_load(path, plan, texts)
-    say(f"start a run from it with: --config {target / RUN_CONFIG} data.train=[{{path: PREFIX}}]")
+    report_load(path, plan, options.text, texts)
+    say_how_to_start(target)
 
 
 def add_export(commands: Any) -> None:
@@ -75,11 +78,12 @@ def add_export(commands: Any) -> None:
     parser.add_argument(
         "--from",
         dest="source",
+        type=given_path,
         required=True,
         metavar="DIR",
         help="a checkpoint; or a directory of checkpoints or a run directory, whose last complete one is meant",
     )
-    parser.add_argument("--to", required=True, metavar="HF_DIR", help="a new directory")
+    parser.add_argument("--to", type=given_path, required=True, metavar="HF_DIR", help="a new directory")
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
@@ -103,6 +107,8 @@ def run_export(options: argparse.Namespace) -> None:
     """Do ``export``."""
     from adamoe_dist.hf import finish_export, write_tokenizer
 
+    if options.license is not None and not options.license.strip():
+        raise UserError(f"--license {options.license!r} names no licence; give its id, as apache-2.0, or leave it out")
     most = None if options.max_shard_size is None else size_in_bytes(options.max_shard_size)
     plan = plan_export(options.source, options.dtype, most, options.family, options.vocab_size)
     target = Path(options.to)
@@ -127,11 +133,11 @@ def size_in_bytes(text: str) -> int:
     Raises:
         UserError: it is no size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:E\d+)?)\s*([KMGT](?:I?B)?)?", text.strip().upper(), re.ASCII)
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size <= _MOST_BYTES:
         raise UserError(f"--max-shard-size {text} is not a size; give one as 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def add_verify(commands: Any) -> None:
@@ -142,8 +148,8 @@ def add_verify(commands: Any) -> None:
         description="Compare a Hugging Face directory with a checkpoint: every tensor, and the logits of the same "
         "tokens in fp32. A difference above the tolerance ends with exit code 2.",
     )
-    parser.add_argument("--hf", required=True, metavar="HF_DIR", help="the Hugging Face directory")
-    parser.add_argument("--megatron", required=True, metavar="CKPT_DIR", help="the checkpoint")
+    parser.add_argument("--hf", type=given_path, required=True, metavar="HF_DIR", help="the Hugging Face directory")
+    parser.add_argument("--megatron", type=given_path, required=True, metavar="CKPT_DIR", help="the checkpoint")
     parser.add_argument("--text", metavar="FILE", help="text to compare with (default: a few sentences)")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="T", help="largest difference of two logits")
 
@@ -151,9 +157,9 @@ def add_verify(commands: Any) -> None:
 def run_verify(options: argparse.Namespace) -> None:
     """Do ``verify``."""
     pair = Comparing(Path(options.hf), options.megatron)
-    text = Path(options.text) if options.text else None
-    if text is not None and not text.is_file():
-        raise UserError(f"--text {text} is not a file; give one")
+    text = None if options.text is None else Path(options.text)
+    if text is not None:
+        pair.sequences(text)  # refuses before tensors are compared
     with progress(pair.bytes, "B", "compare tensors") as bar:
         tensors = pair.compare_tensors(on_bytes=bar.update)
     say(f"tensors: {tensors}, all equal in the types of {pair.directory.path}")
@@ -189,7 +195,7 @@ def _ids_and_refusals(directory: HFDirectory) -> tuple[int | None, list[str]]:
     """Return the size of the tokenizer, and what is wrong with the model and with its tokenizer."""
     ids, refused = None, []
     try:
-        directory.weights(directory.architecture.config())
+        directory.weights(directory.config())
     except UserError as problem:
         refused.append(str(problem))
     try:

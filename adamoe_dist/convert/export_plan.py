@@ -126,7 +126,8 @@ def choose_family(config: Config, vocab_size: int, origin: Origin | None = None,
             return family
         lacks[family.model_type] = problems[0]
     listed = "; ".join(f"{family}: {problem}" for family, problem in lacks.items())
-    raise UserError(f"no family has such a model ({listed}); see docs/huggingface.md for what each can express")
+    refusal = "no family has such a model" if name is None else f"--family {name} has no such model"
+    raise UserError(f"{refusal} ({listed}); see docs/huggingface.md for what each can express")
 
 
 def _is_same_model(config: Config, origin: Origin) -> bool:

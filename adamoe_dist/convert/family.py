@@ -60,7 +60,12 @@ class Family(ABC):
         model, moe = self.read_sections(given)
         vocab_size = given.integer("vocab_size")
         given.finish(self.model_type, self.architecture)
-        return Architecture(model, moe, vocab_size, tuple(given.notes))
+        architecture = Architecture(model, moe, vocab_size, tuple(given.notes))
+        try:
+            architecture.config()
+        except UserError as problem:
+            raise UserError(f"{source} makes no model that can be had here: {problem}") from None
+        return architecture
 
     @abstractmethod
     def read_sections(self, given: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Reading a ``config.json`` so that nothing in it is lost: each key is mapped, known to do nothing, or refused."""
 
+import sys
 from typing import Any
 
 from adamoe_dist.errors import UserError
@@ -60,19 +61,18 @@ class HFConfig:
         """Give a key the value that the model's class has where the file says nothing."""
         self._left[name] = value
 
-    def integer(self, name: str, default: Any = _MISSING) -> int:
-        """Take a key that must be a positive whole number; without ``default`` it must be there."""
+    def integer(self, name: str, default: Any = _MISSING, least: int = 1) -> int:
+        """Take a key that must be a whole number, at least ``least``; without ``default`` it must be there."""
         value = self._left.pop(name, None)
         if value is None:
             if default is _MISSING:
                 self._problems.append(f"{name} is missing")
                 return 1
             return int(default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is not int or value < 1:
-            self._problems.append(f"{name}={value!r} must be a positive whole number")
-            return 1
+        value = _whole(value)
+        if type(value) is not int or value < least:
+            self._problems.append(f"{name}={value!r} must be a whole number, at least {least}")
+            return least
         return value
 
     def optional_integer(self, name: str) -> int | None:
@@ -84,13 +84,25 @@ class HFConfig:
 
     def number(self, name: str, default: float) -> float:
         """Take a key that must be a positive number."""
-        value = self._left.pop(name, None)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        value = self.optional_number(name)
+        if value == 0:
             self._problems.append(f"{name}={value!r} must be a positive number")
-            return default
-        return float(value)
+        return value or default
+
+    def optional_number(self, name: str) -> float | None:
+        """Take a key that is a number, not negative, or null."""
+        value = self._left.pop(name, None)
+        if value is not None and not (_is_finite(value) and value >= 0):
+            self._problems.append(f"{name}={value!r} must be a number, not negative")
+            return None
+        return None if value is None else float(value)
+
+    def word(self, name: str, default: str, *allowed: str) -> str:
+        """Take a key that must be one of some words."""
+        value = self._left.pop(name, None)
+        if value is not None and value not in allowed:
+            self._problems.append(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        return default if value not in allowed else str(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """Take a key that must be true or false."""
@@ -137,19 +149,19 @@ class HFConfig:
             if given is None:
                 continue
             rest = dict(given) if isinstance(given, dict) else {"?": given}
-            kinds = {rest.pop("rope_type", None), rest.pop("type", None)} - {None}
+            is_plain = all(rest.pop(key, None) in (None, "default") for key in ("rope_type", "type"))
             theta = rest.pop("rope_theta", theta)
-            if rest.pop("partial_rotary_factor", 1.0) != 1.0 or rest or kinds - {"default"}:
+            if rest.pop("partial_rotary_factor", 1.0) != 1.0 or rest or not is_plain:
                 self.refuse(name, given, "only plain rotary positions are known here, without any scaling")
         base = default if theta is None else theta
-        if isinstance(base, bool) or not isinstance(base, int | float) or base < 1 or base != int(base):
+        if not _is_finite(base) or base < 1 or base != int(base):
             self.refuse("rope_theta", base, "the base must be a whole number")
             return 1
         return int(base)
 
     def full_attention(self, positions: int, is_used: bool = True) -> None:
         """Take the sliding window, which must be off or no narrower than ``positions``."""
-        window, kinds = self.take("sliding_window"), self.take("layer_types")
+        window, kinds = _whole(self.take("sliding_window")), self.take("layer_types")
         is_wide = not is_used or not window or (type(window) is int and window >= positions)
         if not is_wide:
             way_out = f"lower max_position_embeddings={positions} to it in config.json where no text is longer"
@@ -166,7 +178,7 @@ class HFConfig:
             UserError: naming every key that is refused, with its value.
         """
         made = self._left.get("architectures") or [architecture]
-        if architecture not in made:
+        if not isinstance(made, list) or architecture not in made:
             self.refuse("architectures", made, f"of {model_type} only {architecture} can be converted")
         for name, quiet in _TRAINING_NOISE.items():
             value = self._left.pop(name, None)
@@ -180,3 +192,14 @@ class HFConfig:
         if self._problems:
             listed = "; ".join(self._problems)
             raise UserError(f"{self._source}: {listed}; convert a model without, or change the file if it is wrong")
+
+
+def _is_finite(value: Any) -> bool:
+    """Tell whether a value of JSON is a number that a float can hold."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number that is written as 4096.0 as one; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,10 +1,12 @@
 """A directory of a Hugging Face model: what is in it and whether it is whole, before a number is read."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adamoe_dist.config import Config
+from adamoe_dist.checkpoint import directory_problem
+from adamoe_dist.config import Config, model_problems
 from adamoe_dist.convert.families import family_of
 from adamoe_dist.convert.family import Architecture, Family
 from adamoe_dist.convert.mapping import Weight
@@ -16,13 +18,15 @@ CONFIG_FILE = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+_COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+"""Keys of ``config.json`` by which tables grow."""
 _RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 """Buffers that old versions of transformers saved; they follow from ``config.json``."""
 
 
 def is_hf_directory(path: Path) -> bool:
     """Tell whether a directory looks like a Hugging Face model's rather than a checkpoint of a run."""
-    return (path / CONFIG_FILE).is_file() and not (path / "manifest.json").is_file()
+    return os.path.isfile(path / CONFIG_FILE) and not os.path.isfile(path / "manifest.json")
 
 
 class HFDirectory:
@@ -34,8 +38,8 @@ class HFDirectory:
         Raises:
             UserError: it is no directory with a ``config.json`` of a known family.
         """
-        if not path.is_dir():
-            raise UserError(f"{key} {path} is not a directory; give one that save_pretrained wrote")
+        if problem := directory_problem(path):
+            raise UserError(f"{key} {path} {problem}; give a directory that save_pretrained wrote")
         self.path = path
         self.values: dict[str, Any] = read_json(path / CONFIG_FILE)
         self.family: Family = family_of(self.values, str(path / CONFIG_FILE))
@@ -43,6 +47,7 @@ class HFDirectory:
     @cached_property
     def architecture(self) -> Architecture:
         """What its ``config.json`` says; a UserError names what cannot be converted."""
+        self._require_room()
         return self.family.read(self.values, str(self.path / CONFIG_FILE))
 
     @cached_property
@@ -53,6 +58,18 @@ class HFDirectory:
         if not (self.path / INDEX).is_file():
             raise self._without_weights()
         return self._without_buffers(self._sharded())
+
+    def _require_room(self) -> None:
+        """Refuse more layers or experts than there are tensors, or rows of one, before a table of them is made."""
+        most = max([len(self.tensors), *(size for stored in self.tensors.values() for size in stored.shape[:1])])
+        for name in _COUNTS:
+            value = self.values.get(name)
+            if isinstance(value, int | float) and value > most:
+                where = self.path / CONFIG_FILE
+                raise UserError(
+                    f"{where}: {name}={value!r} is more than the {len(self.tensors)} tensors beside it have room for; "
+                    "fetch both again"
+                )
 
     @property
     def shards(self) -> list[str]:
@@ -87,6 +104,12 @@ class HFDirectory:
         return found
 
     def _without_weights(self) -> UserError:
+        lone = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if lone:
+            return UserError(
+                f"{self.path} has {lone[0]} without {INDEX}, which says what is in each file; fetch that too, or name "
+                f"a single file {SINGLE}"
+            )
         others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in self.path.glob(pattern))
         if others:
             return UserError(
@@ -99,6 +122,19 @@ class HFDirectory:
     def _without_buffers(tensors: dict[str, Stored]) -> dict[str, Stored]:
         return {name: stored for name, stored in tensors.items() if not name.endswith(_RECOMPUTED)}
 
+    def config(self) -> Config:
+        """Return the tree of its model; of a dense one nothing can train until it has experts.
+
+        Raises:
+            UserError: there is no such model here.
+        """
+        config = self.architecture.config()
+        problems = [] if self.family.is_dense else model_problems(config)
+        if problems:
+            where = self.path / CONFIG_FILE
+            raise UserError(f"{where} makes no model that can be had here: {'; '.join(problems)}")
+        return config
+
     def weights(self, config: Config) -> list[Weight]:
         """Return the table of its tensors, each of which is there as the family says.
 
@@ -108,7 +144,11 @@ class HFDirectory:
         Raises:
             UserError: a tensor is missing, unexpected, or of another shape or a type that cannot be converted.
         """
-        table = {weight.name: weight for weight in self.family.weights(config, self.architecture.vocab_size)}
+        table = {}
+        for weight in self.family.weights(config, self.architecture.vocab_size):
+            if weight.name not in self.tensors and not weight.is_copy:
+                raise UserError(f"{self.path}: tensor {weight.name} is missing, which {CONFIG_FILE} makes needed")
+            table[weight.name] = weight
         for name, stored in self.tensors.items():
             where = f"{self.path / stored.file}: {name}"
             if name not in table:
@@ -119,9 +159,6 @@ class HFDirectory:
                 )
             if stored.dtype not in DTYPES:
                 raise UserError(f"{where} is {stored.dtype}; only {', '.join(DTYPES)} can be converted")
-        for name, weight in table.items():
-            if name not in self.tensors and not weight.is_copy:
-                raise UserError(f"{self.path}: tensor {name} is missing, which {CONFIG_FILE} makes needed")
         return [weight for name, weight in table.items() if name in self.tensors]
 
     def check_tokenizer(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamoe_dist.checkpoint import OnBytes, WeightsWriter, copy_file
-from adamoe_dist.config import Config, config_from_dict, model_problems
+from adamoe_dist.config import Config, config_from_dict
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.origin import FILES, RECORD, record_of
@@ -88,12 +88,10 @@ def plan_import(source: Path, vocab_size_multiple: int | None = None) -> ImportP
             f"--from {source} is a dense model ({directory.family.model_type}), which has no experts to import; make "
             "some of its feed-forward layers with the command upcycle"
         )
-    tree = architecture.config().to_dict()
+    tree = directory.config().to_dict()
     if vocab_size_multiple is not None:
         tree["model"]["vocab_size_multiple"] = vocab_size_multiple
     config = config_from_dict(tree)
-    if problems := model_problems(config):
-        raise UserError(f"--from {source} is no model that can be had here: {'; '.join(problems)}")
     weights = directory.weights(config)
     fingerprint, notes = tokenizer_of(directory)
     notes = (*architecture.notes, *notes)

@@ -3,7 +3,6 @@
 Axes: T tokens, E true experts.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,36 +37,49 @@ class LayerLoad:
     all_null_share: float
 
 
-def measure_load(checkpoint: Path, vocab_size: int, tokenizer: Path, texts: list[Path]) -> tuple[int, list[LayerLoad]]:
-    """Route texts through the model of a checkpoint in one process.
+def measure_load(checkpoint: Path, vocab_size: int, texts: list[list[int]]) -> list[LayerLoad]:
+    """Route texts through the model of a checkpoint in one process; return each MoE layer's load.
 
     Args:
         checkpoint: the checkpoint directory.
         vocab_size: rows of its embedding before padding.
-        tokenizer: the directory of its tokenizer.
-        texts: files, of which the first :data:`MOST_TOKENS` tokens are read.
-
-    Returns:
-        The tokens read, and each MoE layer's load.
-
-    Raises:
-        UserError: a text or the tokenizer cannot be read, or there is nothing in the texts.
+        texts: token ids of each, from :func:`cut_texts`.
     """
     config = config_from_dict(read_config(checkpoint))
     length = min(LONGEST, config.model.sequence_length)
-    windows = list(_windows(Tokenizer.load(tokenizer), texts, length))
     counts = torch.zeros(len(config.moe_layers), 3, dtype=torch.float64)
     with torch.no_grad(), megatron_model(checkpoint, vocab_size) as model:
         device = next(model.parameters()).device
         for place, module in enumerate(model.moe_layers):
             module.router.register_forward_hook(_counting(counts[place]))
-        for window in windows:
-            model.logits(window.to(device))
+        for ids in texts:
+            for start in range(0, len(ids), length):
+                model.logits(torch.tensor([ids[start : start + length]], device=device))
     loads = []
     for layer, (tokens, true_slots, all_null) in zip(config.moe_layers, counts.tolist(), strict=True):
         load = true_slots / tokens
         loads.append(LayerLoad(layer, load, 1.0 - load / config.moe.top_k, all_null / tokens))
-    return sum(window.numel() for window in windows), loads
+    return loads
+
+
+def cut_texts(tokenizer: Path, files: list[Path]) -> list[list[int]]:
+    """Return the token ids of each file, together at most :data:`MOST_TOKENS`.
+
+    Args:
+        tokenizer: the directory of the tokenizer.
+        files: texts.
+
+    Raises:
+        UserError: a text or the tokenizer cannot be read, or a text has no tokens.
+    """
+    cut, left, texts = Tokenizer.load(tokenizer), MOST_TOKENS, []
+    for file in files:
+        ids = cut.encode(read_text(file))
+        if not ids:
+            raise UserError(f"--text {file} has no tokens; give another")
+        texts.append(ids[:left])
+        left -= len(texts[-1])
+    return texts
 
 
 def read_text(file: Path) -> str:
@@ -80,18 +92,6 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--text {file} cannot be read as UTF-8 text ({problem}); give a text file") from None
-
-
-def _windows(tokenizer: Tokenizer, texts: list[Path], length: int) -> Iterator[Tensor]:
-    """Yield token ids (1, S) of at most ``length``."""
-    left = MOST_TOKENS
-    for file in texts:
-        ids = tokenizer.encode(read_text(file))[:left]
-        if not ids and left:
-            raise UserError(f"--text {file} has no tokens; give another")
-        left -= len(ids)
-        for start in range(0, len(ids), length):
-            yield torch.tensor([ids[start : start + length]])
 
 
 def _counting(counts: Tensor) -> Any:

@@ -56,7 +56,7 @@ def with_null_experts(plan: ImportPlan, choice: NullChoice) -> ImportPlan:
     Raises:
         UserError: the choice is contradictory, or makes no model that can be trained.
     """
-    _check_choice(plan.config, choice)
+    _check_choice(plan, choice)
     if choice.num_null == 0:
         return plan
     tree = _changed_tree(plan.config, choice)
@@ -80,19 +80,26 @@ def router_weight(plan: ImportPlan, layer: int) -> Tensor:
     return plan.additions[name]() if name in plan.additions else plan.tensor(name)
 
 
-def _check_choice(config: Config, choice: NullChoice) -> None:
+def _check_choice(plan: ImportPlan, choice: NullChoice) -> None:
+    own, already = plan.config.moe.top_k, plan.config.moe.num_null_experts
+    options = {
+        f"--num-null-experts {choice.num_null}": choice.num_null != 0,
+        "--preserve-output": choice.preserves_output,
+        "--target-load": choice.target_load is not None,
+        "--top-k": choice.top_k not in (None, own),
+    }
+    asked = [option for option, is_given in options.items() if is_given]
+    if asked and already:
+        raise UserError(
+            f"{asked[0]}: the model of {plan.source.path} has {already} null experts already; import it without this "
+            "option and give the checkpoint another number with the command set-null-experts"
+        )
     if choice.num_null == 0:
-        asked = {
-            "--preserve-output": choice.preserves_output,
-            "--target-load": choice.target_load is not None,
-            "--top-k": choice.top_k not in (None, config.moe.top_k),
-        }
-        for option in (option for option, is_given in asked.items() if is_given):
-            raise UserError(f"{option} says something of null experts; give their number with --num-null-experts M")
+        if asked:
+            raise UserError(f"{asked[0]} says something of null experts; give their number with --num-null-experts M")
         return
     if choice.num_null < 0:
         raise UserError(f"--num-null-experts {choice.num_null} must not be negative")
-    own = config.moe.top_k
     if not choice.preserves_output:
         if choice.top_k is None:
             raise UserError(

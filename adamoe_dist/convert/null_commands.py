@@ -1,18 +1,28 @@
 """The options of null experts at ``import`` and ``upcycle``, and the command ``upcycle``."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
-from adamoe_dist.console import progress, say
+from adamoe_dist.console import given_path, progress, say, whole_number
 from adamoe_dist.convert.importing import RUN_CONFIG, ImportPlan
-from adamoe_dist.convert.load_report import measure_load, read_text
+from adamoe_dist.convert.load_report import cut_texts, measure_load
 from adamoe_dist.convert.null_choices import NullChoice
-from adamoe_dist.convert.origin import FILES
 from adamoe_dist.convert.outputs import check_output
 from adamoe_dist.convert.tokenizer_files import has_tokenizer
 from adamoe_dist.convert.upcycling import Upcycling, plan_upcycling, upcycle
 from adamoe_dist.errors import UserError
+
+
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that makes a checkpoint of a Hugging Face model."""
+    parser.add_argument(
+        "--from", dest="source", type=given_path, required=True, metavar="HF_DIR", help="as save_pretrained writes it"
+    )
+    parser.add_argument(
+        "--to", type=given_path, required=True, metavar="CKPT_DIR", help="a new directory of checkpoints"
+    )
 
 
 def add_null_options(parser: argparse.ArgumentParser, top_k: str) -> None:
@@ -39,7 +49,7 @@ def add_null_options(parser: argparse.ArgumentParser, top_k: str) -> None:
         help="start with all null experts shut out, so that the output is the model's own; training lets them in until "
         "the load is --target-load",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of what is drawn")
+    parser.add_argument("--seed", type=whole_number, default=0, metavar="S", help="seed of what is drawn")
     parser.add_argument(
         "--text",
         action="append",
@@ -67,14 +77,17 @@ def null_choice(options: argparse.Namespace, top_k: int | None) -> NullChoice:
     )
 
 
-def check_texts(options: argparse.Namespace, plan: ImportPlan) -> list[Path]:
-    """Return the texts to report the load on, each of which can be read with the model's tokenizer."""
-    texts = [Path(text) for text in options.text]
-    for text in texts:
-        read_text(text)
-    if texts and not has_tokenizer(plan.source.path):
-        raise UserError(f"--text {texts[0]}: {plan.source.path} has no tokenizer to cut it with; leave it out")
-    return texts
+def check_texts(options: argparse.Namespace, plan: ImportPlan) -> list[list[int]]:
+    """Return the token ids of each text to report the load on, cut with the model's tokenizer.
+
+    Raises:
+        UserError: a text or the tokenizer cannot be read, or a text has no tokens.
+    """
+    if not options.text:
+        return []
+    if not has_tokenizer(plan.source.path):
+        raise UserError(f"--text {options.text[0]}: {plan.source.path} has no tokenizer to cut it with; leave it out")
+    return cut_texts(plan.source.path, [Path(text) for text in options.text])
 
 
 def describe_null_experts(plan: ImportPlan) -> str:
@@ -89,17 +102,23 @@ def describe_null_experts(plan: ImportPlan) -> str:
     )
 
 
-def report_load(path: Path, plan: ImportPlan, texts: list[Path]) -> None:
-    """Print what the tokens of texts do at each layer of the checkpoint just written."""
+def report_load(path: Path, plan: ImportPlan, names: list[str], texts: list[list[int]]) -> None:
+    """Print what the tokens of texts with these names do at each layer of the checkpoint just written."""
     if not texts:
         return
-    tokens, loads = measure_load(path, plan.source.architecture.vocab_size, path.parent / FILES, texts)
-    say(f"load on {tokens} tokens of {', '.join(str(text) for text in texts)}, before training:")
+    loads = measure_load(path, plan.source.architecture.vocab_size, texts)
+    say(f"load on {sum(len(ids) for ids in texts)} tokens of {', '.join(names)}, before training:")
     say("  layer  true experts a token  null share  all-null share")
     rows = [(str(one.layer), one.true_experts_per_token, one.null_share, one.all_null_share) for one in loads]
     means = tuple(sum(column) / len(rows) for column in list(zip(*rows, strict=True))[1:])
     for name, load, null_share, all_null_share in [*rows, ("mean", *means)]:
         say(f"  {name:>5}  {load:20.3f}  {null_share:10.3f}  {all_null_share:14.3f}")
+
+
+def say_how_to_start(target: Path) -> None:
+    """Print the arguments, as a shell reads them, with which a run starts from the checkpoint just written."""
+    arguments = shlex.join(["--config", str(target / RUN_CONFIG), "data.train=[{path: PREFIX}]"])
+    say(f"start a run from it with: {arguments}")
 
 
 def add_upcycle(commands: Any) -> None:
@@ -110,8 +129,7 @@ def add_upcycle(commands: Any) -> None:
         description="Make a checkpoint with experts of a dense Hugging Face model: each layer's experts are copies of "
         "its feed-forward, or of pieces of it, and its router is drawn at random (arXiv 2212.05055).",
     )
-    parser.add_argument("--from", dest="source", required=True, metavar="HF_DIR", help="as save_pretrained writes it")
-    parser.add_argument("--to", required=True, metavar="CKPT_DIR", help="a new directory of checkpoints")
+    add_paths(parser)
     parser.add_argument("--num-experts", type=int, required=True, metavar="N", help="true experts a layer")
     parser.add_argument(
         "--expert-hidden-size",
@@ -146,5 +164,5 @@ def run_upcycle(options: argparse.Namespace) -> None:
     say(f"{path}: {plan.config.moe.num_experts} experts a layer, {experts}, top-k {plan.config.moe.top_k}")
     say(describe_null_experts(plan))
     say(f"output before training: {upcycling.output}")
-    report_load(path, plan, texts)
-    say(f"start a run from it with: --config {target / RUN_CONFIG} data.train=[{{path: PREFIX}}]")
+    report_load(path, plan, options.text, texts)
+    say_how_to_start(target)

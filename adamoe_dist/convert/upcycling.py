@@ -20,7 +20,7 @@ from torch import Tensor
 from adamoe_dist import platform
 from adamoe_dist.checkpoint import OnBytes
 from adamoe_dist.config import Config, config_from_dict, model_problems
-from adamoe_dist.convert.hf_directory import HFDirectory
+from adamoe_dist.convert.hf_directory import CONFIG_FILE, HFDirectory
 from adamoe_dist.convert.importing import ImportPlan, tokenizer_of, write_checkpoint
 from adamoe_dist.convert.mapping import Names, Place, Weight, layer_prefix
 from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
@@ -106,10 +106,10 @@ def plan_upcycling(source: Path, options: Upcycling, choice: NullChoice | None =
     directory = HFDirectory(source)
     if not directory.family.is_dense:
         raise UserError(f"--from {source} has experts already ({directory.family.model_type}); use the command import")
-    dense = directory.architecture.config()
+    dense = directory.config()
     width = dense.model.ffn_hidden_size or 4 * dense.model.hidden_size
     pieces = _pieces(options, width)
-    config = _config(dense, options, width // pieces, choice)
+    config = _config(directory, options, width // pieces, choice)
     fingerprint, notes = tokenizer_of(directory)
     weights = _weights(directory.weights(dense), config, directory.family.names, pieces)
     routers: dict[str, Callable[[], Tensor]] = {
@@ -148,13 +148,13 @@ class ExpertWeight(Weight):
 
 
 def _pieces(options: Upcycling, width: int) -> int:
-    inner = options.expert_hidden_size or width
-    pieces, rest = divmod(width, inner)
-    if rest or not pieces:
+    inner = width if options.expert_hidden_size is None else options.expert_hidden_size
+    if inner < 1 or width % inner:
         raise UserError(
             f"--expert-hidden-size {inner} does not divide the dense feed-forward's width {width}; give a divisor, or "
             "leave it out for whole copies"
         )
+    pieces = width // inner
     if options.num_experts % pieces:
         raise UserError(
             f"--num-experts {options.num_experts} is no multiple of the {pieces} pieces of {inner} that a dense "
@@ -163,12 +163,12 @@ def _pieces(options: Upcycling, width: int) -> int:
     return pieces
 
 
-def _config(dense: Config, options: Upcycling, inner: int, choice: NullChoice) -> Config:
-    if options.noise < 0:
-        raise UserError(f"--noise {options.noise} must not be negative")
+def _config(source: HFDirectory, options: Upcycling, inner: int, choice: NullChoice) -> Config:
+    if not 0.0 <= options.noise <= 1.0:
+        raise UserError(f"--noise {options.noise} must be between 0 and 1, at which it is as large as the weights")
     if options.num_experts < 1 or options.top_k < 1:
         raise UserError(f"--num-experts {options.num_experts} and --top-k {options.top_k} must be at least 1")
-    tree: dict[str, Any] = dense.to_dict()
+    tree: dict[str, Any] = source.config().to_dict()
     tree["model"]["ffn_hidden_size"] = None
     tree["moe"] |= {
         "num_experts": options.num_experts,
@@ -181,7 +181,8 @@ def _config(dense: Config, options: Upcycling, inner: int, choice: NullChoice) -
     config = config_from_dict(tree)
     problems = model_problems(config)
     if problems:
-        raise UserError(f"--num-experts {options.num_experts} --top-k {options.top_k}: {'; '.join(problems)}")
+        asked = f"--num-experts {options.num_experts} --top-k {options.top_k}"
+        raise UserError(f"{asked} and {source.path / CONFIG_FILE}: {'; '.join(problems)}")
     return config
 
 

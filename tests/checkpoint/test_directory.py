@@ -70,6 +70,8 @@ def test_paths(tmp_path: Path, make: Make) -> None:
 def test_refused_paths(tmp_path: Path, make: Make) -> None:
     with pytest.raises(UserError, match=r"checkpoint\.load_weights=.*absent is not a directory"):
         find_checkpoint(str(tmp_path / "absent"), tmp_path, key="checkpoint.load_weights")
+    with pytest.raises(UserError, match=r"checkpoint\.resume=n+ cannot be read \(File name too long\)"):
+        find_checkpoint("n" * 256, tmp_path)
     with pytest.raises(UserError, match=r"has no complete checkpoint"):
         find_checkpoint(str(tmp_path), tmp_path)
     unfinished = make(4, name="iter_0000004.tmp")

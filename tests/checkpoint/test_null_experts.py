@@ -205,6 +205,8 @@ def test_where_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--to .*file.* cannot be made"):
         set_null_experts(source, tmp_path / "file", change)
+    with pytest.raises(UserError, match=r"--to .*nnn.* cannot be made \(File name too long\)"):
+        set_null_experts(source, tmp_path / ("n" * 256), change)
     (tmp_path / "b" / "iter_0000003.tmp").mkdir(parents=True)
     with pytest.raises(
         UserError, match=r"iter_0000003\.tmp cannot be made \(File exists\); choose another or remove it"

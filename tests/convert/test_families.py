@@ -12,6 +12,7 @@ from adamoe_dist.convert import (
     FAMILIES,
     Comparing,
     HFDirectory,
+    choose_family,
     export_model,
     import_model,
     meaning,
@@ -123,6 +124,8 @@ def test_what_is_written_says_what_was_read(family: str) -> None:
     assert own.inexpressible(config, models.VOCAB) == []
     config.moe.num_null_experts = 2
     assert own.inexpressible(config, models.VOCAB) == ["moe.num_null_experts=2"]
+    with pytest.raises(UserError, match=rf"--family {family} has no such model \({family}: moe\.num_null_experts=2\)"):
+        choose_family(config, models.VOCAB, name=family)
     if family in models.MOE:
         from transformers import AutoConfig
 

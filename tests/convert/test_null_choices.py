@@ -1,6 +1,7 @@
 """Null experts added at import: what the files hold, and what the model gives before any training."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.convert.megatron import checkpoint_logits, hf_logits, tokens_of, weig
 from tests.convert.models import MOE, save
 from tests.convert.tool import refusal, run
 
+TOP_4 = ("--top-k", "4")
 TEXT = "the a of to in ship area circle return left water day word3 word7 word40 " * 20
 
 
@@ -79,6 +81,16 @@ def test_a_preserved_output_is_transformers_own(models: Path, tmp_path: Path, fa
     assert (checkpoint_logits(lossy, tokens) - expected).abs().max() > 1e-3
 
 
+def test_the_last_line_can_be_pasted(models: Path, tmp_path: Path) -> None:
+    target, copy = tmp_path / "a b", tmp_path / "c d"
+    printed = run("import", "--from", str(models / "olmoe"), "--to", str(target))
+    words = shlex.split(printed.splitlines()[-1].removeprefix("start a run from it with: "))
+    assert words == ["--config", str(target / "config.yaml"), "data.train=[{path: PREFIX}]"]
+    printed = run("set-null-experts", "--from", str(target), "--to", str(copy), "--num-null-experts", "2", *TOP_4)
+    words = shlex.split(printed.splitlines()[-1].removeprefix("start a run with: "))
+    assert words[0] == f"checkpoint.load_weights={copy / 'iter_0000000'}" and "moe.top_k=4" in words
+
+
 def test_the_load_report_counts_what_the_router_selects(models: Path, tmp_path: Path) -> None:
     """Against the scores of the first layer's router, which sees the embedding and the first attention only."""
     text = str(models / "text")
@@ -121,6 +133,10 @@ def scored_by_hand(checkpoint: Path, directory: Path) -> list[int]:
 
 def test_contradictions_are_refused_before_anything_is_written(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("")
+    run("import", "--from", str(models / "olmoe"), "--to", str(tmp_path / "first"), "--num-null-experts", "2", *TOP_4)
+    run("export", "--from", str(tmp_path / "first"), "--to", str(tmp_path / "adamoe"))
+    adamoe = ("--from", str(tmp_path / "adamoe"), "--to", str(tmp_path / "out"))
+    already = f"the model of {tmp_path / 'adamoe'} has 2 null experts already"
     here = ("--from", str(models / "olmoe"), "--to", str(tmp_path / "out"))
     four = (*here, "--num-null-experts", "4")
     cases = {
@@ -138,6 +154,12 @@ def test_contradictions_are_refused_before_anything_is_written(models: Path, tmp
         "--num-null-experts -1 must not be negative": (*here, "--num-null-experts", "-1"),
         "moe.top_k=9 is more than the 8 experts": (*four, "--top-k", "9"),
         f"--text {tmp_path / 'no'} cannot be read": (*four, "--top-k", "4", "--text", str(tmp_path / "no")),
+        f"--text {tmp_path / 'empty'} has no tokens": (*here, "--text", str(tmp_path / "empty")),
+        f"--num-null-experts 4: {already}": (*adamoe, "--num-null-experts", "4", *TOP_4),
+        f"--target-load: {already}": (*adamoe, "--target-load", "2"),
+        "argument --seed: '-1' is not a whole number from 0 on": (*here, "--seed", "-1"),
+        "argument --from: '' is not a path": ("--from", "", "--to", str(tmp_path / "out")),
+        "argument --to: '' is not a path": ("--from", str(models / "olmoe"), "--to", ""),
     }
     for expected, arguments in cases.items():
         message = refusal("import", *arguments)

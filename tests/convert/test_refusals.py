@@ -1,14 +1,12 @@
 """What is not converted: each in one line that names the file or key, nothing half-written."""
 
 import json
-import resource
 import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,12 +20,10 @@ from adamoe_dist.checkpoint import (
     read_index,
     read_tensor,
     set_null_experts,
-    verify_files,
 )
 from adamoe_dist.config import load_config
-from adamoe_dist.convert import Comparing, HFConfig, export_model, family_of, import_model, plan_export, plan_import
-from adamoe_dist.convert.commands import describe_hf_directory, size_in_bytes
-from adamoe_dist.convert.outputs import check_output
+from adamoe_dist.convert import Comparing, export_model, import_model, plan_export, plan_import
+from adamoe_dist.convert.commands import describe_hf_directory
 from adamoe_dist.errors import UserError
 from tests.convert import models
 
@@ -80,6 +76,41 @@ def unknown_key(source: Path) -> str:
 def missing_size(source: Path) -> str:
     models.change_config(source, hidden_size=None)
     return "hidden_size is missing"
+
+
+def other_class_as_text(source: Path) -> str:
+    models.change_config(source, architectures="MixtralForCausalLM")
+    return "architectures='MixtralForCausalLM'"
+
+
+def class_as_number(source: Path) -> str:
+    models.change_config(source, architectures=3)
+    return "architectures=3"
+
+
+def family_as_list(source: Path) -> str:
+    models.change_config(source, model_type=["mixtral"])
+    return "model_type=['mixtral']"
+
+
+def more_layers_than_tensors(source: Path) -> str:
+    models.change_config(source, num_hidden_layers=10**12)
+    return "config.json: num_hidden_layers=1000000000000 is more than the 41 tensors"
+
+
+def more_experts_than_tensors(source: Path) -> str:
+    models.change_config(source, num_local_experts=10**12)
+    return "config.json: num_local_experts=1000000000000 is more"
+
+
+def heads_that_do_not_fit(source: Path) -> str:
+    models.change_config(source, num_attention_heads=3, num_key_value_heads=3)
+    return f"{source / 'config.json'} makes no model that can be had here: model.num_attention_heads=3"
+
+
+def index_lost(source: Path) -> str:
+    (source / INDEX).unlink()
+    return f"{shards(source)[0].name} without {INDEX}"
 
 
 def missing_shard(source: Path) -> str:
@@ -168,7 +199,14 @@ BAD = [
     other_class,
     unknown_key,
     missing_size,
+    other_class_as_text,
+    class_as_number,
+    family_as_list,
+    more_layers_than_tensors,
+    more_experts_than_tensors,
+    heads_that_do_not_fit,
     missing_shard,
+    index_lost,
     cut_shard,
     no_weights,
     bin_only,
@@ -192,12 +230,13 @@ def test_a_bad_directory_is_refused_in_one_line(source: Path, harm: Callable[[Pa
     with pytest.raises(UserError) as refusal:
         plan_import(source)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
-    if harm is not without_config and harm is not unknown_family:
+    if harm not in (without_config, unknown_family, family_as_list):
         found = describe_hf_directory(source)["refused"] if harm not in UNREADABLE else []
         assert all(said in problem for problem in found) and len(found) == (harm not in UNREADABLE)
 
 
 UNREADABLE = [
+    index_lost,
     missing_shard,
     cut_shard,
     no_weights,
@@ -207,48 +246,6 @@ UNREADABLE = [
     outside,
     twice_in_the_index,
 ]
-
-KEYS: list[tuple[str, dict[str, Any]]] = [
-    ("mixtral", {"sliding_window": 32}),
-    ("mixtral", {"hidden_act": "gelu"}),
-    ("mixtral", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
-    ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("mixtral", {"rope_parameters": None, "rope_theta": 10000.5}),
-    ("mixtral", {"quantization_config": {"quant_method": "gptq"}}),
-    ("mixtral", {"num_local_experts": "eight"}),
-    ("olmoe", {"clip_qkv": 8.0}),
-    ("olmoe", {"attention_bias": True}),
-    ("qwen3_moe", {"attention_bias": True}),
-    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),
-    ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}),
-    ("deepseek", {"routed_scaling_factor": 2.5}),
-    ("deepseek", {"scoring_func": "sigmoid"}),
-    ("deepseek", {"n_group": 8}),
-    ("deepseek", {"q_lora_rank": 64}),
-    ("llama", {"mlp_bias": True}),
-    ("llama", {"pretraining_tp": 2}),
-    ("mistral", {"sliding_window": 16}),
-]
-
-
-@pytest.mark.parametrize(("family", "changes"), KEYS)
-def test_a_key_that_means_another_model_is_refused_by_name(family: str, changes: dict[str, Any]) -> None:
-    values = models.DEEPSEEK if family == "deepseek" else {**models.COMMON, **models.SIZES[family]}
-    values = {**values, "model_type": family}
-    family_of(values).read(values)
-    name, value = list(changes.items())[-1]
-    with pytest.raises(UserError) as refusal:
-        family_of(values).read({**values, **changes})
-    assert f"{name}={value!r}" in str(refusal.value)
-
-
-def test_both_forms_of_the_rotary_base_and_noise() -> None:
-    old = HFConfig({"rope_theta": 5e5, "rope_scaling": None, "attention_dropout": 0.1, "router_jitter_noise": 0.2})
-    assert old.rotary_base(1.0) == 500000
-    new = HFConfig({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
-    assert new.rotary_base(1.0) == 500000 and HFConfig({}).rotary_base(1e4) == 10000
-    old.finish("mixtral", "MixtralForCausalLM")
-    assert [note.split("=")[0] for note in old.notes] == ["attention_dropout", "router_jitter_noise"]
 
 
 def test_a_copy_of_a_tied_embedding(tmp_path: Path) -> None:
@@ -271,38 +268,6 @@ def test_an_embedding_larger_than_the_tokenizer_stays_as_large(source: Path, tmp
     assert tree["model"]["vocab_size"] == models.VOCAB and tree["model"]["vocab_size_multiple"] == 64
     export_model(plan_export(str(checkpoint)), tmp_path / "back")
     assert models.tensors_of(tmp_path / "back")["lm_head.weight"].shape[0] == models.VOCAB
-
-
-def test_output_in_use_and_no_room(source: Path, tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "note").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
-        import_model(plan_import(source), taken)
-    assert [file.name for file in taken.iterdir()] == ["note"]
-    with pytest.raises(UserError, match=r"GB are to be written and the disk of .* has"):
-        check_output(tmp_path / "new" / "deep", 10**17)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_write_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    plan = plan_import(source)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(UserError, match="nothing is left of it"):
-            import_model(plan, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf"]
-
-
-def test_what_a_killed_run_left_is_removed(source: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / "out.tmp" / "iter_0000000.tmp"
-    leftover.mkdir(parents=True)
-    (leftover / "__0_0.distcp").write_bytes(b"half")
-    verify_files(import_model(plan_import(source), tmp_path / "out"))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_it_cannot_be_resumed_but_started_from(source: Path, tmp_path: Path) -> None:
@@ -365,17 +330,6 @@ def test_changed_files_and_weights_are_found(source: Path, tmp_path: Path) -> No
         plan_export(str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("2 MiB", 2**21), ("1.5kb", 1500), ("700", 700), ("0", 0), ("big", 0)]
-)
-def test_sizes(text: str, size: int) -> None:
-    if size:
-        assert size_in_bytes(text) == size
-    else:
-        with pytest.raises(UserError, match="--max-shard-size"):
-            size_in_bytes(text)
-
-
 def test_the_commands(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +349,11 @@ def test_the_commands(
     seen = said("inspect", "--from", "back")
     assert "tensors: 41 (BF16 41)" in seen and "cannot" not in seen
     assert json.loads(said("inspect", "--from", "one", "--json"))["refused"] == []
+    with pytest.raises(UserError, match="--license '' names no licence"):
+        tool(["export", "--from", "out", "--to", "other", "--license", ""])
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(UserError, match="--text empty has no tokens"):
+        tool(["verify", "--hf", str(source), "--megatron", "out", "--text", "empty"])
     refused = subprocess.run(
         [sys.executable, TOOL, "import", "--from", source, "--to", "out"], capture_output=True, text=True, cwd=tmp_path
     )

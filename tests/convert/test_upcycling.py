@@ -119,6 +119,7 @@ def test_noise_sets_experts_apart_and_follows_the_seed(dense: Path, tmp_path: Pa
 def test_what_cannot_be_upcycled_is_refused_before_anything_is_written(dense: Path, tmp_path: Path) -> None:
     save(tmp_path / "mixtral", "mixtral")
     target = str(tmp_path / "out")
+    (tmp_path / "empty").write_text("")
     llama, mixtral = ("--from", str(dense / "llama"), "--to", target), ("--from", str(tmp_path / "mixtral"))
     bad_tokenizer = tmp_path / "tokens"
     save(bad_tokenizer, "llama", tokenizer=False)
@@ -131,7 +132,17 @@ def test_what_cannot_be_upcycled_is_refused_before_anything_is_written(dense: Pa
             *("--num-experts", "6", "--expert-hidden-size", "16"),
         ),
         "moe.top_k=5 is more than the 4 experts": (*llama, "--num-experts", "4", "--top-k", "5"),
-        "--noise -1.0 must not be negative": (*llama, "--num-experts", "4", "--noise", "-1"),
+        "--noise -1.0 must be between 0 and 1": (*llama, "--num-experts", "4", "--noise", "-1"),
+        "--noise nan must be": (*llama, "--num-experts", "4", "--noise", "nan"),
+        "--noise inf must be": (*llama, "--num-experts", "4", "--noise", "inf"),
+        "--noise 1e+30 must be": (*llama, "--num-experts", "4", "--noise", "1e30"),
+        "--expert-hidden-size 0 does not divide": (*llama, "--num-experts", "4", "--expert-hidden-size", "0"),
+        "--expert-hidden-size -16 does not divide": (*llama, "--num-experts", "4", "--expert-hidden-size", "-16"),
+        "argument --seed: '-1'": (*llama, "--num-experts", "4", "--seed", "-1"),
+        f"--text {tmp_path / 'empty'} has no tokens": (
+            *llama,
+            *("--num-experts", "4", "--text", str(tmp_path / "empty")),
+        ),
         "the tokenizer has 120 ids": ("--from", str(bad_tokenizer), "--to", target, "--num-experts", "2"),
         "--text": (*llama, "--num-experts", "4", "--text", str(tmp_path / "nothing.txt")),
     }

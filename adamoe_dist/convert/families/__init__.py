@@ -27,7 +27,7 @@ def family_of(values: dict[str, Any], source: str = "config.json") -> Family:
         UserError: it names none, or one that is not known.
     """
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{source}: model_type={kind!r} is not a family that is known here; choose a model of {', '.join(FAMILIES)}"
         )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from adamoe_dist.config import Config
 from adamoe_dist.convert.family import Family
@@ -20,7 +20,7 @@ from adamoe_dist.convert.mapping import (
     layer_prefix,
     whole_weight,
 )
-from adamoe_dist.routing import annealed_coefficient
+from adamoe_dist.routing import BalanceKind, Normalize, ScoreFunction, annealed_coefficient
 
 CODE = ("configuration_adamoe", "layers_adamoe", "modeling_adamoe", "routing_adamoe")
 AUTO_MAP = {
@@ -48,7 +48,7 @@ class AdaMoE(Family):
             "num_attention_heads": heads,
             "num_query_groups": None if groups == heads else groups,
             "head_dim": None if width in (None, hidden / heads) else width,
-            "qk_norm": given.take("qk_norm") or "none",
+            "qk_norm": given.word("qk_norm", "none", "none", "head", "all"),
             "qkv_bias": given.flag("qkv_bias", False),
             "sequence_length": given.integer("max_position_embeddings"),
             "ffn_hidden_size": given.optional_integer("intermediate_size"),
@@ -61,7 +61,7 @@ class AdaMoE(Family):
         shared = given.optional_integer("shared_expert_intermediate_size")
         moe = {
             "num_experts": given.integer("num_experts"),
-            "num_null_experts": given.take("num_null_experts") or 0,
+            "num_null_experts": given.integer("num_null_experts", 0, least=0),
             "top_k": given.integer("num_experts_per_tok"),
             "expert_hidden_size": given.integer("moe_intermediate_size"),
             "shared_expert_hidden_size": shared,
@@ -69,28 +69,27 @@ class AdaMoE(Family):
             "layer_frequency": given.integer("layer_frequency", 1),
             "dense_layers": given.integers("dense_layers"),
             "null_types": {
-                "identity": given.take("num_identity_experts") or 0,
-                "constant": given.take("num_constant_experts") or 0,
+                "identity": given.integer("num_identity_experts", 0, least=0),
+                "constant": given.integer("num_constant_experts", 0, least=0),
             },
             "router": self._read_router(given),
         }
         return model, moe
 
     def _read_router(self, given: HFConfig) -> dict[str, Any]:
-        balance = given.take("router_balance") or "null_averaged"
-        coefficient = given.take("router_aux_loss_coef")
+        coefficient = given.optional_number("router_aux_loss_coef")
         return {
-            "score_function": given.take("score_function") or "softmax",
-            "normalize": given.take("normalize") or "true_experts",
+            "score_function": given.word("score_function", "softmax", *get_args(ScoreFunction)),
+            "normalize": given.word("normalize", "true_experts", *get_args(Normalize)),
             "null_init": "shared" if given.flag("shared_null_row", False) else "random",
             "gating_residual": given.flag("gating_residual", False),
-            "target_load": given.take("target_load"),
-            "capacity_factor": given.take("capacity_factor"),
-            "z_loss_coefficient": given.take("router_z_loss_coef") or 0.0,
+            "target_load": given.optional_number("target_load"),
+            "capacity_factor": given.optional_number("capacity_factor"),
+            "z_loss_coefficient": given.optional_number("router_z_loss_coef") or 0.0,
             "balance": {
-                "type": balance,
+                "type": given.word("router_balance", "null_averaged", *get_args(BalanceKind), "none"),
                 "coefficient": 0.02 if coefficient is None else coefficient,
-                "target_null_share": given.take("router_target_null_share"),
+                "target_null_share": given.optional_number("router_target_null_share"),
             },
         }
 

@@ -22,6 +22,8 @@ class Llama(Family):
         model = read_decoder(given, key_value_heads=False)
         read_head_dim(given, model)
         model["ffn_hidden_size"] = given.integer("intermediate_size")
+        given.expect("rope_interleaved", False)
+        given.ignore("is_llama_config")
         return model, dense_moe(model["num_layers"])
 
     def write(self, config: Config, vocab_size: int) -> dict[str, Any]:
