@@ -94,7 +94,7 @@ def add_export(commands: Any) -> None:
         "--family", choices=sorted(FAMILIES), help="model_type to write (default: the first that has such a model)"
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where no tokenizer says it"
+        "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where nothing else says it"
     )
     parser.add_argument("--license", metavar="ID", help="licence that the model card names, as apache-2.0")
 

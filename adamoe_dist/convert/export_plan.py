@@ -67,10 +67,12 @@ def plan_export(
         dtype: fp32, bf16 or fp16; None: as the tensors were that were imported, else fp32.
         max_shard_bytes: of a file; None: as the files were that were imported, else 5 GB.
         family: a ``model_type``; None: that of the imported model, else the first that has such a model.
-        vocab_size: rows of the embedding; None: as the checkpoint or its tokenizer says.
+        vocab_size: rows of the embedding, where neither the checkpoint nor an import says it; None: as they or the
+            tokenizer say.
 
     Raises:
-        UserError: no family has such a model, or a tensor of the checkpoint has no place in it.
+        UserError: ``vocab_size`` is not the model's, no family has such a model, or a tensor of the checkpoint has no
+            place in it.
     """
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
@@ -79,7 +81,7 @@ def plan_export(
         tokenizer = _run_tokenizer(checkpoint, config)
     else:
         tokenizer = origin.files if has_tokenizer(origin.files) else None
-    rows = vocab_size or _vocab_size(config, origin, tokenizer)
+    rows = _vocab_size(config, origin, tokenizer, vocab_size)
     chosen = choose_family(config, rows, origin, family)
     is_same = origin is not None and chosen is origin.family and _is_same_model(config, origin)
     weights = list(chosen.weights(config, rows))
@@ -134,17 +136,25 @@ def _is_same_model(config: Config, origin: Origin) -> bool:
     return meaning(origin.family.read(values).config()) == meaning(config)
 
 
-def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None) -> int:
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    if origin is not None:
-        return origin.vocab_size
-    if tokenizer is not None:
-        return Tokenizer.load(tokenizer).vocab_size
-    raise UserError(
-        f"data.tokenizer={config.data.tokenizer} of the run is not there, so that the size of its vocabulary is not "
-        "known; give --vocab-size"
-    )
+def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None, asked: int | None) -> int:
+    """Return the rows of the embedding without padding; ``asked`` may say it only where nothing else does."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--vocab-size {asked} must be at least 1; leave it out where the model says it")
+    known = config.model.vocab_size or (origin.vocab_size if origin is not None else None)
+    if known is not None:
+        if asked not in (None, known):
+            raise UserError(f"--vocab-size {asked} is not the model's, whose embedding has {known} rows; leave it out")
+        return known
+    ids = Tokenizer.load(tokenizer).vocab_size if tokenizer is not None else None
+    rows = ids if asked is None else asked
+    if rows is None:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} of the run is not there, so that the size of its vocabulary is "
+            "not known; give --vocab-size"
+        )
+    if ids is not None and rows < ids:
+        raise UserError(f"--vocab-size {rows} is less than the {ids} ids of the tokenizer {tokenizer}; leave it out")
+    return rows
 
 
 def _run_tokenizer(checkpoint: Path, config: Config) -> Path | None:

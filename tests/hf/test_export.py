@@ -180,6 +180,15 @@ def test_a_checkpoint_that_is_not_of_its_configuration_is_refused(tmp_path):
             model_from_checkpoint(checkpoint)
 
 
+def test_a_vocabulary_below_the_tokenizers_is_refused(tmp_path):
+    from adamoe_dist.convert import plan_export
+    from adamoe_dist.errors import UserError
+
+    checkpoint, _, _ = checkpoint_of(tmp_path, {})
+    with pytest.raises(UserError, match=rf"--vocab-size 200 is less than the {VOCAB_OF_TOKENIZER} ids"):
+        plan_export(str(checkpoint), vocab_size=200)
+
+
 def test_another_tokenizer_than_that_of_training_does_not_go_along(tmp_path):
     from adamoe_dist.data import Document, train_tokenizer
     from adamoe_dist.errors import UserError
