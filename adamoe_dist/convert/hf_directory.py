@@ -103,12 +103,13 @@ class HFDirectory:
         """Return the table of its tensors, each of which is there as the family says.
 
         Args:
-            config: the model's sections.
+            config: the model's sections; its ``model.vocab_size``, where it is set, is without padding.
 
         Raises:
             UserError: a tensor is missing, unexpected, or of another shape or a type that cannot be converted.
         """
-        table = {weight.name: weight for weight in self.family.weights(config, self.architecture.vocab_size)}
+        rows = config.model.vocab_size or self.architecture.vocab_size
+        table = {weight.name: weight for weight in self.family.weights(config, rows)}
         for name, stored in self.tensors.items():
             where = f"{self.path / stored.file}: {name}"
             if name not in table:

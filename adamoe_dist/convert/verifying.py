@@ -43,12 +43,18 @@ class Comparing:
         """
         self.directory = HFDirectory(hf, "--hf")
         self.checkpoint = checkpoint_at(megatron, "--megatron")
-        self.vocab_size = self.directory.architecture.vocab_size
         config = config_from_dict(read_config(self.checkpoint))
         here, there = meaning(config), meaning(self.directory.architecture.config())
         differing = [f"{key} is {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]
         if differing:
             raise UserError(f"--hf {hf} is not the model of --megatron {self.checkpoint}: {'; '.join(differing)}")
+        there_rows = self.directory.architecture.vocab_size
+        self._vocab_size = config.model.vocab_size or there_rows
+        if there_rows not in (self._vocab_size, config.padded_vocab_size(self._vocab_size)):
+            raise UserError(
+                f"--hf {hf} is not the model of --megatron {self.checkpoint}: vocab_size is {there_rows} there, "
+                f"{self._vocab_size} here"
+            )
         self.weights: list[Weight] = self.directory.weights(config)
 
     @property
@@ -100,16 +106,16 @@ class Comparing:
         theirs = self._their_logits(sequences)
         dtypes = {weight.tensor: DTYPES[self.directory.tensors[weight.name].dtype] for weight in self.weights}
         largest, total, where = 0.0, 0.0, (0, 0, 0)
-        with torch.no_grad(), megatron_model(self.checkpoint, self.vocab_size, dtypes) as model:
+        with torch.no_grad(), megatron_model(self.checkpoint, self._vocab_size, dtypes) as model:
             device = next(model.parameters()).device
             for number, (tokens, expected) in enumerate(zip(sequences, theirs, strict=True)):
-                got = model.logits(tokens.to(device))[0, :, : self.vocab_size].float().cpu()
+                got = model.logits(tokens.to(device))[0, :, : expected.shape[1]].float().cpu()
                 gaps = (got - expected).abs()
                 total += float(gaps.double().sum())
                 top = float(gaps.max())
                 if not top <= largest:
                     largest = top
-                    where = number, *divmod(int(gaps.argmax()), self.vocab_size)
+                    where = number, *divmod(int(gaps.argmax()), expected.shape[1])
         count = sum(expected.numel() for expected in theirs)
         if not largest <= tolerance or math.isnan(total):
             raise UserError(
@@ -126,7 +132,9 @@ class Comparing:
             draws = torch.Generator().manual_seed(0)
             length = min(64, int(self.directory.architecture.model["sequence_length"]))
             shape = (RANDOM_SEQUENCES, 1, length)
-            return "random ids, for there is no tokenizer", list(torch.randint(self.vocab_size, shape, generator=draws))
+            return "random ids, for there is no tokenizer", list(
+                torch.randint(self._vocab_size, shape, generator=draws)
+            )
         cut = _tokenizer(self.directory.path)
         longest = min(LONGEST, int(self.directory.architecture.model["sequence_length"]))
         if text is None:
