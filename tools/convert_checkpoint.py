@@ -13,6 +13,7 @@ from adamoe_dist.errors import UserError
 platform.prepare()
 
 from adamoe_dist.checkpoint import (  # noqa: E402
+    bytes_of_files,
     bytes_to_copy,
     changed_keys,
     checkpoint_at,
@@ -20,7 +21,6 @@ from adamoe_dist.checkpoint import (  # noqa: E402
     holds_weights_only,
     plan_null_experts,
     read_config,
-    read_manifest,
     set_null_experts,
     verify_files,
 )
@@ -101,8 +101,7 @@ def _add_set_null_experts(commands: Any) -> None:
 
 
 def _verify(path: Path) -> None:
-    files = read_manifest(path)["files"]
-    with progress(sum(entry["bytes"] for entry in files.values()), "B", f"verify {path.name}") as bar:
+    with progress(bytes_of_files(path), "B", f"verify {path.name}") as bar:
         verify_files(path, on_bytes=bar.update)
 
 

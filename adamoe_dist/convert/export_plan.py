@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config, read_state
+from adamoe_dist.checkpoint import MergedReader, bytes_of_files, checkpoint_at, read_config, read_state
 from adamoe_dist.config import Config, config_from_dict
+from adamoe_dist.convert.export_shards import new_shards, old_shards, types_of
 from adamoe_dist.convert.families import FAMILIES, VANILLA
 from adamoe_dist.convert.family import Family, meaning
-from adamoe_dist.convert.hf_directory import CONFIG_FILE, SINGLE
+from adamoe_dist.convert.hf_directory import CONFIG_FILE
 from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
 from adamoe_dist.convert.safetensors_files import NAMES, read_json
@@ -52,6 +53,11 @@ class ExportPlan:
         tensors = (item for shard in self.shards.values() for item in shard)
         return sum(weight.elements * dtype.itemsize for weight, dtype in tensors)
 
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of the checkpoint that will be verified, and of tensors that will be written."""
+        return bytes_of_files(self.checkpoint) + self.bytes
+
 
 def plan_export(
     source: str,
@@ -64,7 +70,8 @@ def plan_export(
 
     Args:
         source: a checkpoint, a directory of them, or a run directory.
-        dtype: fp32, bf16 or fp16; None: as the tensors were that were imported, else fp32.
+        dtype: fp32, bf16 or fp16; None: as the tensors were that were imported (null rows: as the router), else
+            fp32.
         max_shard_bytes: of a file; None: as the files were that were imported, else 5 GB.
         family: a ``model_type``; None: that of the imported model, else the first that has such a model.
         vocab_size: rows of the embedding, where neither the checkpoint nor an import says it; None: as they or the
@@ -91,19 +98,17 @@ def plan_export(
         weights = [weight for weight in weights if not weight.is_copy or weight.name in origin.tensors]
     _check_tensors(checkpoint, weights, chosen)
     known = origin.tensors if origin is not None and is_same else {}
-    types = {
-        weight.name: NAMES[dtype] if dtype and not weight.stays_fp32 else known.get(weight.name, (torch.float32, ""))[0]
-        for weight in weights
-    }
+    types = types_of(weights, origin, None if dtype is None else NAMES[dtype])
     if origin is not None and is_same:
         content = _config_as_before(origin, types, dtype)
     else:
         values = chosen.write(config, rows) | _special_ids(origin, tokenizer) | {"torch_dtype": _main_type(types)}
         content = _json(values)
     is_as_before = known.keys() == types.keys() and max_shard_bytes is None
-    shards = _old_shards(weights, types, known) if is_as_before else None
-    if shards is None:
-        shards = _new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
+    if is_as_before:
+        shards = old_shards(weights, types, known)
+    else:
+        shards = new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
     return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer)
 
 
@@ -220,31 +225,3 @@ def _main_type(types: dict[str, torch.dtype]) -> str:
 
 def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _old_shards(
-    weights: list[Weight], types: dict[str, torch.dtype], known: dict[str, tuple[torch.dtype, str]]
-) -> dict[str, list[tuple[Weight, torch.dtype]]]:
-    by_name = {weight.name: weight for weight in weights}
-    shards: dict[str, list[tuple[Weight, torch.dtype]]] = {}
-    for name, (_, file) in known.items():
-        shards.setdefault(file, []).append((by_name[name], types[name]))
-    return shards
-
-
-def _new_shards(
-    weights: list[Weight], types: dict[str, torch.dtype], most: int
-) -> dict[str, list[tuple[Weight, torch.dtype]]]:
-    """Fill files of at most ``most`` bytes in the order of the layers; a tensor that is larger has one for itself."""
-    parts: list[list[tuple[Weight, torch.dtype]]] = [[]]
-    size = 0
-    for weight in weights:
-        nbytes = weight.elements * types[weight.name].itemsize
-        if parts[-1] and size + nbytes > most:
-            parts.append([])
-            size = 0
-        parts[-1].append((weight, types[weight.name]))
-        size += nbytes
-    if len(parts) == 1:
-        return {SINGLE: parts[0]}
-    return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}

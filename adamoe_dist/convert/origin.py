@@ -36,12 +36,14 @@ class Origin:
         family: of the Hugging Face model.
         vocab_size: rows of its embedding.
         files: the directory with its files; they have the hashes that the checkpoint names.
+        names: of the files; what else lies in the directory is not the import's.
         tensors: type and file of each tensor, file by file, as they lay there.
     """
 
     family: Family
     vocab_size: int
     files: Path
+    names: tuple[str, ...]
     tensors: dict[str, tuple[torch.dtype, str]]
 
 
@@ -77,7 +79,9 @@ def origin_of(checkpoint: Path) -> Origin | None:
     for name, entry in record["files"].items():
         _require_kept(directory / name, entry)
     tensors = {name: (DTYPES[code], file) for name, (code, file) in record["tensors"].items()}
-    return Origin(FAMILIES[record["family"]], int(record["vocab_size"]), directory, tensors)
+    return Origin(
+        FAMILIES[record["family"]], int(record["vocab_size"]), directory, tuple(sorted(record["files"])), tensors
+    )
 
 
 def _directory(checkpoint: Path) -> Path:
