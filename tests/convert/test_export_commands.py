@@ -1,10 +1,15 @@
 """Export and verify over the command line: what is refused, what is compared, what the directory holds."""
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.convert.models import save, tensors_of
+from adamoe_dist import platform
+from adamoe_dist.convert import Comparing
+from tests.convert.models import build, save, save_deepseek, tensors_of
 from tests.convert.tool import refusal, run
 
 NULLS = ("--num-null-experts", "2", "--top-k", "3")
@@ -48,3 +53,82 @@ def test_verify_refuses_another_vocabulary(kept: Path, tmp_path: Path) -> None:
     save(tmp_path / "other", "mixtral", vocab_size=104)
     line = refusal("verify", "--hf", str(tmp_path / "other"), "--megatron", str(kept / "imported"))
     assert "vocab_size is 104 there, 100 here" in line
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_written(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept / "imported", tmp_path / "damaged")
+    weights = next((tmp_path / "damaged" / "iter_0000000").glob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[content.index(tensors_of(kept / "hf")["lm_head.weight"].numpy().tobytes()[:64])] ^= 1
+    weights.write_bytes(content)
+    damage = f"{weights} was changed or damaged"
+    assert damage in refusal("export", "--from", str(tmp_path / "damaged"), "--to", str(tmp_path / "out"))
+    assert damage in refusal("verify", "--hf", str(kept / "hf"), "--megatron", str(tmp_path / "damaged"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_numbers_beyond_fp16_are_refused_by_name(tmp_path: Path) -> None:
+    model = build("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[3, 4] = 70000.0
+    model.save_pretrained(tmp_path / "hf")
+    run("import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "imported"))
+    line = refusal("export", "--from", str(tmp_path / "imported"), "--to", str(tmp_path / "out"), "--dtype", "fp16")
+    assert "model.layers.1.self_attn.o_proj.weight has numbers up to 7e+04, which float16" in line and "bf16" in line
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "imported"]
+    run("export", "--from", str(tmp_path / "imported"), "--to", str(tmp_path / "out"), "--dtype", "bf16")
+
+
+def test_only_the_files_of_the_import_come_back(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept / "imported", tmp_path / "imported")
+    stray = tmp_path / "imported" / "huggingface"
+    (stray / "notes").mkdir()
+    (stray / "model.safetensors").write_bytes(b"not the weights")
+    run("export", "--from", str(tmp_path / "imported"), "--to", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "notes").exists()
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(kept / "hf").keys()
+
+
+def test_types_are_those_of_the_import_with_null_experts_too(tmp_path: Path) -> None:
+    model = build("mixtral").to(torch.bfloat16)
+    model.model.norm.to(torch.float32)
+    model.save_pretrained(tmp_path / "hf")
+    run("import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "imported"), *NULLS, "--target-load", "1.2")
+    run("export", "--from", str(tmp_path / "imported"), "--to", str(tmp_path / "out"))
+    kinds = {name: value.dtype for name, value in tensors_of(tmp_path / "out").items()}
+    wide = {name for name, kind in kinds.items() if kind != torch.bfloat16}
+    assert wide == {"model.norm.weight", *(f"model.layers.{layer}.mlp.router.expert_bias" for layer in (0, 1))}
+    assert any(name.endswith("router.null_weight") for name in kinds)
+
+
+def test_verify_compares_tensors_only_where_logits_cannot_be_had(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ("--hf", str(kept / "hf"), "--megatron", str(kept / "imported"))
+    monkeypatch.setattr(platform.host, "available_bytes", lambda: 1000)
+    assert "0.00 GB are free; give --tensors-only" in refusal("verify", *pair)
+    monkeypatch.setattr(Comparing, "compare_logits", None)
+    assert "logits were not compared" in run("verify", *pair, "--tensors-only")
+    save_deepseek(tmp_path / "hf")
+    run("import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "imported"))
+    pair = ("--hf", str(tmp_path / "hf"), "--megatron", str(tmp_path / "imported"))
+    line = refusal("verify", *pair)
+    assert "model_type=deepseek" in line and "--tensors-only" in line
+    assert "logits were not compared" in run("verify", *pair, "--tensors-only")
+
+
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_a_tolerance_that_is_none_is_refused(kept: Path, value: str) -> None:
+    line = refusal("verify", "--hf", str(kept / "hf"), "--megatron", "nowhere", f"--tolerance={value}")
+    assert "--tolerance" in line
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_equal_numbers_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    model = build("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[3, 4] = value
+    model.save_pretrained(tmp_path / "hf")
+    run("import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "imported"))
+    line = refusal("verify", "--hf", str(tmp_path / "hf"), "--megatron", str(tmp_path / "imported"))
+    assert "model.layers.1.self_attn.o_proj.weight holds numbers that are not finite" in line
