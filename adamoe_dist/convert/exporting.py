@@ -27,7 +27,7 @@ def export_model(
     target: Path,
     write_tokenizer: WriteTokenizer | None = None,
     on_bytes: OnBytes | None = None,
-    finish: Callable[[ExportPlan, Path], None] | None = None,
+    finish: Callable[[ExportPlan, Path], list[str]] | None = None,
 ) -> list[str]:
     """Write a Hugging Face directory; it appears as a whole or not at all.
 
@@ -38,7 +38,7 @@ def export_model(
         target: a directory that is new or empty.
         write_tokenizer: writes the run's tokenizer where the model is not an imported one; None: its files as they are.
         on_bytes: told of every part that was verified or written, ``plan.work_bytes`` in all.
-        finish: writes further files into the directory that holds everything else.
+        finish: writes further files into the directory that holds everything else; returns further lines.
 
     Returns:
         Lines on what is not in it.
@@ -59,7 +59,7 @@ def export_model(
         for name, file in plan.family.extra_files(plan.config).items():
             copy_file(file, unfinished / name)
         if finish is not None:
-            finish(plan, unfinished)
+            notes += finish(plan, unfinished)
     return notes
 
 
@@ -115,11 +115,13 @@ def _write_index(path: Path, plan: ExportPlan) -> None:
 def _write_files(plan: ExportPlan, directory: Path, write_tokenizer: WriteTokenizer | None) -> list[str]:
     """Give the tokenizer and what else was kept of an imported model along; return lines on what is lacking."""
     if plan.origin is not None:
-        for file in (plan.origin.files / name for name in plan.origin.names):
+        for name in plan.origin.names:
+            file, target = plan.origin.files / name, directory / name
             is_other = plan.family is not plan.origin.family
             is_code = file.suffix == ".py" and (is_other or file.name in plan.family.extra_files(plan.config))
             if file.name != CONFIG_FILE and not is_code:
-                copy_file(file, directory / file.name)
+                target.parent.mkdir(exist_ok=True)
+                copy_file(file, target)
         return [] if has_tokenizer(directory) else ["the imported model had no tokenizer: none is in it"]
     if plan.tokenizer is None:
         return ["the run's tokenizer is not there: none is in it"]

@@ -9,7 +9,7 @@ from adamoe_dist.convert.families import family_of
 from adamoe_dist.convert.family import Architecture, Family
 from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.safetensors_files import DTYPES, Stored, TensorFiles, read_header, read_json
-from adamoe_dist.convert.tokenizer_files import count_ids, kept_files
+from adamoe_dist.convert.tokenizer_files import count_ids, left_behind
 from adamoe_dist.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -134,9 +134,11 @@ class HFDirectory:
                 "the tokenizer that the model was trained with, or resize the embedding with transformers"
             )
 
-    def kept_files(self) -> list[Path]:
-        """Return the files that an import keeps: configuration, tokenizer, licence, code of its own."""
-        return kept_files(self.path)
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """One line on the files that are neither weights nor kept; nothing where there are none."""
+        names = left_behind(self.path, {*self.shards, INDEX})
+        return (f"not taken along: {', '.join(names)}",) if names else ()
 
     def open(self) -> TensorFiles:
         """Return a reader of its tensors."""

@@ -77,6 +77,10 @@ def origin_of(checkpoint: Path) -> Origin | None:
     record = read_json(checkpoint / RECORD)
     directory = _directory(checkpoint)
     for name, entry in record["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{checkpoint / RECORD} names {name!r}, which is outside {directory}; import the model again"
+            )
         _require_kept(directory / name, entry)
     tensors = {name: (DTYPES[code], file) for name, (code, file) in record["tensors"].items()}
     return Origin(

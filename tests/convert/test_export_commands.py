@@ -1,5 +1,6 @@
 """Export and verify over the command line: what is refused, what is compared, what the directory holds."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -132,3 +133,45 @@ def test_equal_numbers_that_are_not_finite_are_named(tmp_path: Path, value: floa
     run("import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "imported"))
     line = refusal("verify", "--hf", str(tmp_path / "hf"), "--megatron", str(tmp_path / "imported"))
     assert "model.layers.1.self_attn.o_proj.weight holds numbers that are not finite" in line
+
+
+@pytest.mark.parametrize("settings", [True, False])
+def test_every_kept_file_comes_back_to_the_byte(tmp_path: Path, settings: bool) -> None:
+    source, back = tmp_path / "hf", tmp_path / "back"
+    save(source, "olmoe")
+    (source / "additional_chat_templates").mkdir()
+    names = ["spiece.model", "vocab.txt", "tekken.json", "tokenizer.model.v3", "additional_chat_templates/tool.jinja"]
+    names += ["preprocessor_config.json", "USE_POLICY.md", "LICENSE", "chat_template.jinja", "README.md"]
+    for name in names:
+        (source / name).write_text(f'{{"of": "{name}"}}')
+    if not settings:
+        (source / "generation_config.json").unlink()
+    (source / ".gitattributes").write_text("left")
+    (source / "original").mkdir()
+    said = run("import", "--from", str(source), "--to", str(tmp_path / "imported"))
+    assert "note: not taken along: .gitattributes, original/\n" in said
+    run("export", "--from", str(tmp_path / "imported"), "--to", str(back))
+    files = {file.relative_to(source).as_posix(): file.read_bytes() for file in source.rglob("*") if file.is_file()}
+    del files[".gitattributes"]
+    files["README_original.md"] = files.pop("README.md")
+    assert {file.relative_to(back).as_posix() for file in back.rglob("*") if file.is_file()} == {*files, "README.md"}
+    for name, content in files.items():
+        assert (back / name).read_bytes() == content, name
+    assert "(README_original.md)" in (back / "README.md").read_text()
+    run("import", "--from", str(back), "--to", str(tmp_path / "again"))
+    run("export", "--from", str(tmp_path / "again"), "--to", str(tmp_path / "third"))
+    assert (tmp_path / "third" / "README_original.md").read_bytes() == files["README_original.md"]
+
+
+def test_a_tokenizer_without_an_end_is_exported(tmp_path: Path) -> None:
+    save(tmp_path / "hf", "mixtral")
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    settings = tmp_path / "hf" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": None}))
+    for options, has_note in (((), False), (NULLS, True)):
+        target = tmp_path / f"with{len(options)}"
+        run("import", "--from", str(tmp_path / "hf"), "--to", str(target), *options)
+        said = run("export", "--from", str(target), "--to", str(target / "hf"))
+        assert ("note: no generation_config.json is in it" in said) == has_note
+        assert (target / "hf" / "tokenizer_config.json").read_bytes() == settings.read_bytes()
+        assert not (target / "hf" / "generation_config.json").exists()
