@@ -24,7 +24,7 @@ from adamoe_dist.checkpoint import (  # noqa: E402
     set_null_experts,
     verify_files,
 )
-from adamoe_dist.convert import FILES, is_hf_directory  # noqa: E402
+from adamoe_dist.convert import FILES, imported_family, is_hf_directory  # noqa: E402
 from adamoe_dist.convert.commands import (  # noqa: E402
     add_export,
     add_import,
@@ -112,7 +112,7 @@ def _inspect(options: argparse.Namespace) -> None:
     path = checkpoint_at(options.source, "--from")
     if options.verify:
         _verify(path)
-    contents = describe_checkpoint(path)
+    contents = describe_checkpoint(path) | {"imported_from": imported_family(path)}
     if options.json:
         say(json.dumps(contents | ({"verified": True} if options.verify else {}), indent=1))
         return
@@ -135,6 +135,8 @@ def _show(contents: dict[str, Any], all_tensors: bool) -> None:
     say(
         f"{contents['path']}: step {contents['step']}, {contents['tokens_seen']} tokens seen, saved {contents['saved']}"
     )
+    if contents["imported_from"]:
+        say(f"imported from a {contents['imported_from']} model")
     for title in ("model", "layout", "versions"):
         say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in contents[title].items()))
     files, tensors = contents["files"], contents["tensors"]

@@ -11,6 +11,7 @@ from adamoe_dist.console import progress, say
 from adamoe_dist.convert.export_plan import plan_export
 from adamoe_dist.convert.exporting import export_model
 from adamoe_dist.convert.families import FAMILIES
+from adamoe_dist.convert.family import Architecture
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.importing import RUN_CONFIG, import_model, plan_import
 from adamoe_dist.convert.null_choices import with_null_experts
@@ -187,6 +188,8 @@ def describe_hf_directory(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "family": directory.family.model_type,
+        "is_dense": directory.family.is_dense,
+        "model": {} if refused else _sizes(directory.architecture),
         "parameters": sum(prod(stored.shape) for stored in tensors.values()),
         "tensors": {name: {"shape": list(one.shape), "dtype": one.dtype} for name, one in sorted(tensors.items())},
         "shards": {shard: (path / shard).stat().st_size for shard in directory.shards},
@@ -194,6 +197,28 @@ def describe_hf_directory(path: Path) -> dict[str, Any]:
         "tokenizer_ids": ids,
         "notes": [] if refused else list(directory.architecture.notes),
         "refused": refused,
+    }
+
+
+def _sizes(architecture: Architecture) -> dict[str, Any]:
+    """Return the sizes that say which model it is, by their configuration keys."""
+    config = architecture.config()
+    model, moe = config.model, config.moe
+    experts = {
+        "moe.num_experts": moe.num_experts,
+        "moe.num_null_experts": moe.num_null_experts,
+        "moe.top_k": moe.top_k,
+        "moe.expert_hidden_size": moe.expert_hidden_size,
+    }
+    return {
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "model.sequence_length": model.sequence_length,
+        "model.vocab_size": architecture.vocab_size,
+        "MoE layers": len(config.moe_layers),
+        **(experts if config.moe_layers else {}),
     }
 
 
@@ -216,6 +241,10 @@ def _ids_and_refusals(directory: HFDirectory) -> tuple[int | None, list[str]]:
 def show_hf_directory(contents: dict[str, Any], shown: int) -> None:
     """Print what :func:`describe_hf_directory` found, with so many tensors."""
     say(f"{contents['path']}: Hugging Face model of family {contents['family']}")
+    if contents["is_dense"]:
+        say("it is dense: the command upcycle makes experts of its feed-forward layers")
+    if contents["model"]:
+        say("model: " + ", ".join(f"{name} {value}" for name, value in contents["model"].items()))
     types = ", ".join(f"{name} {count}" for name, count in contents["dtypes"].items())
     tensors = contents["tensors"]
     say(f"tensors: {len(tensors)} ({types}), parameters: {contents['parameters']}")

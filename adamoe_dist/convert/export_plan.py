@@ -12,9 +12,9 @@ from adamoe_dist.config import Config, config_from_dict
 from adamoe_dist.convert.export_shards import new_shards, old_shards, types_of
 from adamoe_dist.convert.families import FAMILIES, VANILLA
 from adamoe_dist.convert.family import Family, meaning
-from adamoe_dist.convert.hf_directory import CONFIG_FILE
+from adamoe_dist.convert.hf_directory import CONFIG_FILE, is_hf_directory
 from adamoe_dist.convert.mapping import Weight
-from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
+from adamoe_dist.convert.origin import FilesMissingError, Origin, origin_of, origin_of_run
 from adamoe_dist.convert.safetensors_files import NAMES, read_json
 from adamoe_dist.convert.tokenizer_files import has_tokenizer
 from adamoe_dist.data import Tokenizer
@@ -37,6 +37,7 @@ class ExportPlan:
         shards: the tensors of each file, each with its type.
         origin: of an imported model.
         tokenizer: the directory whose tokenizer goes along, or the run's tokenizer; None: none is known.
+        notes: lines on what could not be taken over.
     """
 
     checkpoint: Path
@@ -46,6 +47,7 @@ class ExportPlan:
     shards: dict[str, list[tuple[Weight, torch.dtype]]]
     origin: Origin | None
     tokenizer: Path | None
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -81,9 +83,17 @@ def plan_export(
         UserError: ``vocab_size`` is not the model's, no family has such a model, or a tensor of the checkpoint has no
             place in it.
     """
+    if is_hf_directory(Path(source)):
+        raise UserError(
+            f"--from {source} is a Hugging Face directory already; the command import makes a checkpoint of it"
+        )
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
-    origin = origin_of(checkpoint) or origin_of_run(config)
+    notes: tuple[str, ...] = ()
+    try:
+        origin = origin_of(checkpoint) or origin_of_run(config)
+    except FilesMissingError as problem:
+        origin, notes = None, (f"{problem}: exported as a model of unknown origin",)
     if origin is None:
         tokenizer = _run_tokenizer(checkpoint, config)
     else:
@@ -109,7 +119,7 @@ def plan_export(
         shards = old_shards(weights, types, known)
     else:
         shards = new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
-    return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer)
+    return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer, notes)
 
 
 def choose_family(config: Config, vocab_size: int, origin: Origin | None = None, name: str | None = None) -> Family:

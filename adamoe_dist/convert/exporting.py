@@ -54,7 +54,7 @@ def export_model(
                 _write_shard(unfinished / name, tensors, reader, on_bytes)
         if SINGLE not in plan.shards:
             _write_index(unfinished / INDEX, plan)
-        notes = _write_files(plan, unfinished, write_tokenizer)
+        notes = [*plan.notes, *_write_files(plan, unfinished, write_tokenizer)]
         (unfinished / CONFIG_FILE).write_bytes(plan.config_json)
         for name, file in plan.family.extra_files(plan.config).items():
             copy_file(file, unfinished / name)

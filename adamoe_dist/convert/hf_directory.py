@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from adamoe_dist.checkpoint import checkpoint_at
 from adamoe_dist.config import Config
 from adamoe_dist.convert.families import family_of
 from adamoe_dist.convert.family import Architecture, Family
@@ -14,6 +15,7 @@ from adamoe_dist.errors import UserError
 
 CONFIG_FILE = "config.json"
 SINGLE = "model.safetensors"
+MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 _RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
@@ -22,7 +24,7 @@ _RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.si
 
 def is_hf_directory(path: Path) -> bool:
     """Tell whether a directory looks like a Hugging Face model's rather than a checkpoint of a run."""
-    return (path / CONFIG_FILE).is_file() and not (path / "manifest.json").is_file()
+    return (path / CONFIG_FILE).is_file() and not (path / MANIFEST).is_file()
 
 
 class HFDirectory:
@@ -36,9 +38,22 @@ class HFDirectory:
         """
         if not path.is_dir():
             raise UserError(f"{key} {path} is not a directory; give one that save_pretrained wrote")
+        if not (path / CONFIG_FILE).is_file() or (path / MANIFEST).is_file():
+            self._refuse_checkpoint(path, key)
         self.path = path
         self.values: dict[str, Any] = read_json(path / CONFIG_FILE)
         self.family: Family = family_of(self.values, str(path / CONFIG_FILE))
+
+    @staticmethod
+    def _refuse_checkpoint(path: Path, key: str) -> None:
+        try:
+            found = checkpoint_at(str(path), key)
+        except UserError:
+            return
+        raise UserError(
+            f"{key} {path} has the checkpoint {found.name} and is no Hugging Face directory; the command export makes "
+            "one of it"
+        )
 
     @cached_property
     def architecture(self) -> Architecture:

@@ -47,6 +47,17 @@ class Origin:
     tensors: dict[str, tuple[torch.dtype, str]]
 
 
+class FilesMissingError(UserError):
+    """A checkpoint of an imported model stands alone: nothing that the import kept is there."""
+
+
+def imported_family(checkpoint: Path) -> str | None:
+    """Return the ``model_type`` that a checkpoint was imported from, None where it is not an imported one."""
+    if RECORD not in read_manifest(checkpoint)["files"]:
+        return None
+    return str(read_json(checkpoint / RECORD)["family"])
+
+
 def record_of(family: Family, vocab_size: int, tensors: dict[str, Stored], files: dict[str, Any]) -> dict[str, Any]:
     """Return the content of :data:`RECORD`.
 
@@ -69,6 +80,7 @@ def origin_of(checkpoint: Path) -> Origin | None:
     """Return where the model of a checkpoint directory came from, or None where it is not an imported one.
 
     Raises:
+        FilesMissingError: the directory of the kept files is not there.
         UserError: one of the kept files is missing or was changed.
     """
     if RECORD not in read_manifest(checkpoint)["files"]:
@@ -76,6 +88,8 @@ def origin_of(checkpoint: Path) -> Origin | None:
     verify_files(checkpoint, [RECORD])
     record = read_json(checkpoint / RECORD)
     directory = _directory(checkpoint)
+    if not directory.is_dir():
+        raise FilesMissingError(f"{directory} is missing, where the import of {checkpoint} kept what is not weights")
     for name, entry in record["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(

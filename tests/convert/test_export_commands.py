@@ -175,3 +175,49 @@ def test_a_tokenizer_without_an_end_is_exported(tmp_path: Path) -> None:
         assert ("note: no generation_config.json is in it" in said) == has_note
         assert (target / "hf" / "tokenizer_config.json").read_bytes() == settings.read_bytes()
         assert not (target / "hf" / "generation_config.json").exists()
+
+
+def test_the_other_command_is_named(kept: Path, tmp_path: Path) -> None:
+    to = ("--to", str(tmp_path / "out"))
+    for place in (kept / "imported", kept / "imported" / "iter_0000000"):
+        assert "the command export" in refusal("import", "--from", str(place), *to)
+    assert "the command import" in refusal("export", "--from", str(kept / "hf"), *to)
+
+
+def test_inspect_says_which_model_it_is(kept: Path, tmp_path: Path) -> None:
+    said = run("inspect", "--from", str(kept / "hf"))
+    for words in (
+        "num_layers 2",
+        "hidden_size 32",
+        "heads 4",
+        "groups 2",
+        "num_experts 4",
+        "top_k 2",
+        "vocab_size 100",
+    ):
+        assert words in said, words
+    assert "imported from a mixtral model" in run("inspect", "--from", str(kept / "imported"))
+    save(tmp_path / "dense", "llama")
+    said = run("inspect", "--from", str(tmp_path / "dense"))
+    assert "command upcycle" in said and "num_experts" not in said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(kept: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(kept / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert "git lfs pull" in refusal("import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "out"))
+
+
+def test_a_checkpoint_copied_alone_is_exported_without_its_origin(kept: Path, tmp_path: Path) -> None:
+    run("import", "--from", str(kept / "hf"), "--to", str(tmp_path / "imported"))
+    shutil.copytree(tmp_path / "imported" / "iter_0000000", tmp_path / "alone" / "iter_0000000")
+    shutil.rmtree(tmp_path / "imported")
+    said = run("export", "--from", str(tmp_path / "alone" / "iter_0000000"), "--to", str(tmp_path / "out"))
+    assert "huggingface is missing" in said and "unknown origin" in said and "mixtral" in said
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(kept / "hf").keys()
+
+
+def test_the_coefficient_of_the_balance_loss_is_not_dropped_silently(kept: Path, tmp_path: Path) -> None:
+    said = run("import", "--from", str(kept / "hf"), "--to", str(tmp_path / "imported"))
+    assert said.count("note: router_aux_loss_coef=0.001") == 1
