@@ -14,6 +14,7 @@ from adamoe_dist.errors import UserError
 platform.prepare()
 
 from adamoe_dist.checkpoint import (  # noqa: E402
+    bytes_of_files,
     bytes_to_copy,
     changed_keys,
     checkpoint_at,
@@ -21,11 +22,10 @@ from adamoe_dist.checkpoint import (  # noqa: E402
     holds_weights_only,
     plan_null_experts,
     read_config,
-    read_manifest,
     set_null_experts,
     verify_files,
 )
-from adamoe_dist.convert import FILES, is_hf_directory  # noqa: E402
+from adamoe_dist.convert import FILES, imported_family, is_hf_directory  # noqa: E402
 from adamoe_dist.convert.commands import (  # noqa: E402
     add_export,
     add_import,
@@ -107,8 +107,7 @@ def _add_set_null_experts(commands: Any) -> None:
 
 
 def _verify(path: Path) -> None:
-    files = read_manifest(path)["files"]
-    with progress(sum(entry["bytes"] for entry in files.values()), "B", f"verify {path.name}") as bar:
+    with progress(bytes_of_files(path), "B", f"verify {path.name}") as bar:
         verify_files(path, on_bytes=bar.update)
 
 
@@ -119,7 +118,7 @@ def _inspect(options: argparse.Namespace) -> None:
     path = checkpoint_at(options.source, "--from")
     if options.verify:
         _verify(path)
-    contents = describe_checkpoint(path)
+    contents = describe_checkpoint(path) | {"imported_from": imported_family(path)}
     if options.json:
         say(json.dumps(contents | ({"verified": True} if options.verify else {}), indent=1))
         return
@@ -142,6 +141,8 @@ def _show(contents: dict[str, Any], all_tensors: bool) -> None:
     say(
         f"{contents['path']}: step {contents['step']}, {contents['tokens_seen']} tokens seen, saved {contents['saved']}"
     )
+    if contents["imported_from"]:
+        say(f"imported from a {contents['imported_from']} model")
     for title in ("model", "layout", "versions"):
         say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in contents[title].items()))
     files, tensors = contents["files"], contents["tensors"]

@@ -19,6 +19,7 @@ from adamoe_dist.checkpoint.load import load_checkpoint, load_weights
 from adamoe_dist.checkpoint.lora import adapters_of, merge_lora, merged_weight
 from adamoe_dist.checkpoint.manifest import (
     OnBytes,
+    bytes_of_files,
     copy_file,
     describe_file,
     read_config,
@@ -53,6 +54,7 @@ __all__ = [
     "Start",
     "WeightsWriter",
     "adapters_of",
+    "bytes_of_files",
     "bytes_to_copy",
     "changed_keys",
     "check_compatible",

@@ -139,6 +139,11 @@ def find_incompleteness(path: Path) -> str | None:
     return None
 
 
+def bytes_of_files(path: Path) -> int:
+    """Return the size of all files that the manifest of a checkpoint directory lists: what verifying it reads."""
+    return sum(entry["bytes"] for entry in read_manifest(path)["files"].values())
+
+
 def verify_files(path: Path, names: Iterable[str] | None = None, on_bytes: OnBytes | None = None) -> None:
     """Check the size and the hash of a checkpoint's files against its manifest.
 

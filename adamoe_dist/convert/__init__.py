@@ -22,7 +22,7 @@ from adamoe_dist.convert.mapping import (
 )
 from adamoe_dist.convert.megatron_model import megatron_model
 from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
-from adamoe_dist.convert.origin import FILES, Origin, origin_of, origin_of_run
+from adamoe_dist.convert.origin import FILES, Origin, imported_family, origin_of, origin_of_run
 from adamoe_dist.convert.upcycling import UpcyclePlan, Upcycling, plan_upcycling, upcycle
 from adamoe_dist.convert.verifying import Comparing
 
@@ -52,6 +52,7 @@ __all__ = [
     "family_of",
     "feed_forward_weights",
     "import_model",
+    "imported_family",
     "is_hf_directory",
     "layer_prefix",
     "meaning",

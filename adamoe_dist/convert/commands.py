@@ -11,6 +11,7 @@ from adamoe_dist.console import given_path, progress, say
 from adamoe_dist.convert.export_plan import plan_export
 from adamoe_dist.convert.exporting import export_model
 from adamoe_dist.convert.families import FAMILIES
+from adamoe_dist.convert.family import Architecture
 from adamoe_dist.convert.hf_directory import HFDirectory
 from adamoe_dist.convert.importing import import_model, plan_import
 from adamoe_dist.convert.null_choices import with_null_experts
@@ -87,7 +88,8 @@ def add_export(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
-        help="of the weights (default: as they were where the model was imported, else fp32)",
+        help="of the weights (default: as they were where the model was imported, rows of null experts as the router; "
+        "else fp32)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -98,7 +100,7 @@ def add_export(commands: Any) -> None:
         "--family", choices=sorted(FAMILIES), help="model_type to write (default: the first that has such a model)"
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where no tokenizer says it"
+        "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where nothing else says it"
     )
     parser.add_argument("--license", metavar="ID", help="licence that the model card names, as apache-2.0")
 
@@ -113,7 +115,7 @@ def run_export(options: argparse.Namespace) -> None:
     plan = plan_export(options.source, options.dtype, most, options.family, options.vocab_size)
     target = Path(options.to)
     check_output(target, plan.bytes)
-    with progress(plan.bytes, "B", f"export {plan.checkpoint.name}") as bar:
+    with progress(plan.work_bytes, "B", f"export {plan.checkpoint.name}") as bar:
         notes = export_model(
             plan,
             target,
@@ -146,28 +148,39 @@ def add_verify(commands: Any) -> None:
         "verify",
         help="compare a Hugging Face directory with a checkpoint",
         description="Compare a Hugging Face directory with a checkpoint: every tensor, and the logits of the same "
-        "tokens in fp32. A difference above the tolerance ends with exit code 2.",
+        "tokens in fp32, for which the model must fit into memory. A difference above the tolerance ends with exit "
+        "code 2.",
     )
     parser.add_argument("--hf", type=given_path, required=True, metavar="HF_DIR", help="the Hugging Face directory")
     parser.add_argument("--megatron", type=given_path, required=True, metavar="CKPT_DIR", help="the checkpoint")
     parser.add_argument("--text", metavar="FILE", help="text to compare with (default: a few sentences)")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="T", help="largest difference of two logits")
+    parser.add_argument(
+        "--tensors-only", action="store_true", help="compare no logits: tensor by tensor, in any memory"
+    )
 
 
 def run_verify(options: argparse.Namespace) -> None:
     """Do ``verify``."""
+    if not options.tolerance >= 0:
+        raise UserError(f"--tolerance {options.tolerance} must be a number of at least 0")
+    if options.tensors_only and options.text:
+        raise UserError(f"--text {options.text} is for logits, which --tensors-only leaves out; give one of the two")
     pair = Comparing(Path(options.hf), options.megatron)
     text = None if options.text is None else Path(options.text)
     if text is not None:
         pair.sequences(text)  # refuses before tensors are compared
-    with progress(pair.bytes, "B", "compare tensors") as bar:
+    if not options.tensors_only:
+        pair.check_logits_possible()
+    with progress(pair.work_bytes, "B", "compare tensors") as bar:
         tensors = pair.compare_tensors(on_bytes=bar.update)
     say(f"tensors: {tensors}, all equal in the types of {pair.directory.path}")
-    if not pair.has_class():
-        raise UserError(
-            f"--hf {options.hf}: transformers has no class for model_type={pair.directory.family.model_type}, so that "
-            "only tensors could be compared, which are equal; compare logits with the code that belongs to the model"
-        )
+    if options.tensors_only:
+        say("ok: the same tensors; logits were not compared (--tensors-only)")
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights: it would stand before the line of a refusal
     source, tokens, largest, mean = pair.compare_logits(text, options.tolerance)
     say(f"logits: {tokens} tokens ({source}), largest difference {largest:.3g}, mean {mean:.3g}")
     say(f"ok: the same model within {options.tolerance:g}")
@@ -181,6 +194,8 @@ def describe_hf_directory(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "family": directory.family.model_type,
+        "is_dense": directory.family.is_dense,
+        "model": {} if refused else _sizes(directory.architecture),
         "parameters": sum(prod(stored.shape) for stored in tensors.values()),
         "tensors": {name: {"shape": list(one.shape), "dtype": one.dtype} for name, one in sorted(tensors.items())},
         "shards": {shard: (path / shard).stat().st_size for shard in directory.shards},
@@ -188,6 +203,28 @@ def describe_hf_directory(path: Path) -> dict[str, Any]:
         "tokenizer_ids": ids,
         "notes": [] if refused else list(directory.architecture.notes),
         "refused": refused,
+    }
+
+
+def _sizes(architecture: Architecture) -> dict[str, Any]:
+    """Return the sizes that say which model it is, by their configuration keys."""
+    config = architecture.config()
+    model, moe = config.model, config.moe
+    experts = {
+        "moe.num_experts": moe.num_experts,
+        "moe.num_null_experts": moe.num_null_experts,
+        "moe.top_k": moe.top_k,
+        "moe.expert_hidden_size": moe.expert_hidden_size,
+    }
+    return {
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "model.sequence_length": model.sequence_length,
+        "model.vocab_size": architecture.vocab_size,
+        "MoE layers": len(config.moe_layers),
+        **(experts if config.moe_layers else {}),
     }
 
 
@@ -210,6 +247,10 @@ def _ids_and_refusals(directory: HFDirectory) -> tuple[int | None, list[str]]:
 def show_hf_directory(contents: dict[str, Any], shown: int) -> None:
     """Print what :func:`describe_hf_directory` found, with so many tensors."""
     say(f"{contents['path']}: Hugging Face model of family {contents['family']}")
+    if contents["is_dense"]:
+        say("it is dense: the command upcycle makes experts of its feed-forward layers")
+    if contents["model"]:
+        say("model: " + ", ".join(f"{name} {value}" for name, value in contents["model"].items()))
     types = ", ".join(f"{name} {count}" for name, count in contents["dtypes"].items())
     tensors = contents["tensors"]
     say(f"tensors: {len(tensors)} ({types}), parameters: {contents['parameters']}")

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.checkpoint import MergedReader, checkpoint_at, read_config, read_state
+from adamoe_dist.checkpoint import MergedReader, bytes_of_files, checkpoint_at, read_config, read_state
 from adamoe_dist.config import Config, config_from_dict
+from adamoe_dist.convert.export_shards import new_shards, old_shards, types_of
 from adamoe_dist.convert.families import FAMILIES, VANILLA
 from adamoe_dist.convert.family import Family, meaning
-from adamoe_dist.convert.hf_directory import CONFIG_FILE, SINGLE
+from adamoe_dist.convert.hf_directory import CONFIG_FILE, is_hf_directory
 from adamoe_dist.convert.mapping import Weight
-from adamoe_dist.convert.origin import Origin, origin_of, origin_of_run
+from adamoe_dist.convert.origin import FilesMissingError, Origin, origin_of, origin_of_run
 from adamoe_dist.convert.safetensors_files import NAMES, read_json
 from adamoe_dist.convert.tokenizer_files import has_tokenizer
 from adamoe_dist.data import Tokenizer
@@ -36,6 +37,7 @@ class ExportPlan:
         shards: the tensors of each file, each with its type.
         origin: of an imported model.
         tokenizer: the directory whose tokenizer goes along, or the run's tokenizer; None: none is known.
+        notes: lines on what could not be taken over.
     """
 
     checkpoint: Path
@@ -45,12 +47,18 @@ class ExportPlan:
     shards: dict[str, list[tuple[Weight, torch.dtype]]]
     origin: Origin | None
     tokenizer: Path | None
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Bytes of tensors that will be written."""
         tensors = (item for shard in self.shards.values() for item in shard)
         return sum(weight.elements * dtype.itemsize for weight, dtype in tensors)
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of the checkpoint that will be verified, and of tensors that will be written."""
+        return bytes_of_files(self.checkpoint) + self.bytes
 
 
 def plan_export(
@@ -64,22 +72,33 @@ def plan_export(
 
     Args:
         source: a checkpoint, a directory of them, or a run directory.
-        dtype: fp32, bf16 or fp16; None: as the tensors were that were imported, else fp32.
+        dtype: fp32, bf16 or fp16; None: as the tensors were that were imported (null rows: as the router), else
+            fp32.
         max_shard_bytes: of a file; None: as the files were that were imported, else 5 GB.
         family: a ``model_type``; None: that of the imported model, else the first that has such a model.
-        vocab_size: rows of the embedding; None: as the checkpoint or its tokenizer says.
+        vocab_size: rows of the embedding, where neither the checkpoint nor an import says it; None: as they or the
+            tokenizer say.
 
     Raises:
-        UserError: no family has such a model, or a tensor of the checkpoint has no place in it.
+        UserError: ``vocab_size`` is not the model's, no family has such a model, or a tensor of the checkpoint has no
+            place in it.
     """
+    if is_hf_directory(Path(source)):
+        raise UserError(
+            f"--from {source} is a Hugging Face directory already; the command import makes a checkpoint of it"
+        )
     checkpoint = checkpoint_at(source, "--from")
     config = config_from_dict(read_config(checkpoint))
-    origin = origin_of(checkpoint) or origin_of_run(config)
+    notes: tuple[str, ...] = ()
+    try:
+        origin = origin_of(checkpoint) or origin_of_run(config)
+    except FilesMissingError as problem:
+        origin, notes = None, (f"{problem}: exported as a model of unknown origin",)
     if origin is None:
         tokenizer = _run_tokenizer(checkpoint, config)
     else:
         tokenizer = origin.files if has_tokenizer(origin.files) else None
-    rows = vocab_size or _vocab_size(config, origin, tokenizer)
+    rows = _vocab_size(config, origin, tokenizer, vocab_size)
     chosen = choose_family(config, rows, origin, family)
     is_same = origin is not None and chosen is origin.family and _is_same_model(config, origin)
     weights = list(chosen.weights(config, rows))
@@ -89,20 +108,18 @@ def plan_export(
         weights = [weight for weight in weights if not weight.is_copy or weight.name in origin.tensors]
     _check_tensors(checkpoint, weights, chosen)
     known = origin.tensors if origin is not None and is_same else {}
-    types = {
-        weight.name: NAMES[dtype] if dtype and not weight.stays_fp32 else known.get(weight.name, (torch.float32, ""))[0]
-        for weight in weights
-    }
+    types = types_of(weights, origin, None if dtype is None else NAMES[dtype])
     if origin is not None and is_same:
         content = _config_as_before(origin, types, dtype)
     else:
         values = chosen.write(config, rows) | _special_ids(origin, tokenizer) | {"torch_dtype": _main_type(types)}
         content = _json(values)
     is_as_before = known.keys() == types.keys() and max_shard_bytes is None
-    shards = _old_shards(weights, types, known) if is_as_before else None
-    if shards is None:
-        shards = _new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
-    return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer)
+    if is_as_before:
+        shards = old_shards(weights, types, known)
+    else:
+        shards = new_shards(weights, types, max_shard_bytes or DEFAULT_SHARD_BYTES)
+    return ExportPlan(checkpoint, config, chosen, content, shards, origin, tokenizer, notes)
 
 
 def choose_family(config: Config, vocab_size: int, origin: Origin | None = None, name: str | None = None) -> Family:
@@ -135,17 +152,25 @@ def _is_same_model(config: Config, origin: Origin) -> bool:
     return meaning(origin.family.read(values).config()) == meaning(config)
 
 
-def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None) -> int:
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    if origin is not None:
-        return origin.vocab_size
-    if tokenizer is not None:
-        return Tokenizer.load(tokenizer).vocab_size
-    raise UserError(
-        f"data.tokenizer={config.data.tokenizer} of the run is not there, so that the size of its vocabulary is not "
-        "known; give --vocab-size"
-    )
+def _vocab_size(config: Config, origin: Origin | None, tokenizer: Path | None, asked: int | None) -> int:
+    """Return the rows of the embedding without padding; ``asked`` may say it only where nothing else does."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--vocab-size {asked} must be at least 1; leave it out where the model says it")
+    known = config.model.vocab_size or (origin.vocab_size if origin is not None else None)
+    if known is not None:
+        if asked not in (None, known):
+            raise UserError(f"--vocab-size {asked} is not the model's, whose embedding has {known} rows; leave it out")
+        return known
+    ids = Tokenizer.load(tokenizer).vocab_size if tokenizer is not None else None
+    rows = ids if asked is None else asked
+    if rows is None:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} of the run is not there, so that the size of its vocabulary is "
+            "not known; give --vocab-size"
+        )
+    if ids is not None and rows < ids:
+        raise UserError(f"--vocab-size {rows} is less than the {ids} ids of the tokenizer {tokenizer}; leave it out")
+    return rows
 
 
 def _run_tokenizer(checkpoint: Path, config: Config) -> Path | None:
@@ -211,31 +236,3 @@ def _main_type(types: dict[str, torch.dtype]) -> str:
 
 def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _old_shards(
-    weights: list[Weight], types: dict[str, torch.dtype], known: dict[str, tuple[torch.dtype, str]]
-) -> dict[str, list[tuple[Weight, torch.dtype]]]:
-    by_name = {weight.name: weight for weight in weights}
-    shards: dict[str, list[tuple[Weight, torch.dtype]]] = {}
-    for name, (_, file) in known.items():
-        shards.setdefault(file, []).append((by_name[name], types[name]))
-    return shards
-
-
-def _new_shards(
-    weights: list[Weight], types: dict[str, torch.dtype], most: int
-) -> dict[str, list[tuple[Weight, torch.dtype]]]:
-    """Fill files of at most ``most`` bytes in the order of the layers; a tensor that is larger has one for itself."""
-    parts: list[list[tuple[Weight, torch.dtype]]] = [[]]
-    size = 0
-    for weight in weights:
-        nbytes = weight.elements * types[weight.name].itemsize
-        if parts[-1] and size + nbytes > most:
-            parts.append([])
-            size = 0
-        parts[-1].append((weight, types[weight.name]))
-        size += nbytes
-    if len(parts) == 1:
-        return {SINGLE: parts[0]}
-    return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}

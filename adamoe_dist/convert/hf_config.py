@@ -12,7 +12,7 @@ early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_lengt
 forced_bos_token_id forced_eos_token_id id2label label2id length_penalty max_length min_length model_type
 no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
 output_router_logits output_scores pad_token_id prefix problem_type remove_invalid_values repetition_penalty
-return_dict return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens task_specific_params
+return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
 temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
 unk_token_id use_bfloat16 use_cache
 """
@@ -184,6 +184,12 @@ class HFConfig:
             value = self._left.pop(name, None)
             if value:
                 self.notes.append(f"{name}={value} acts in training only and is not taken over (here {quiet})")
+        coefficient = self._left.pop("router_aux_loss_coef", None)
+        if coefficient:
+            self.notes.append(
+                f"router_aux_loss_coef={coefficient} acts in training only and is not taken over: it weighs one loss "
+                "over all layers, moe.router.balance.coefficient here one of each layer"
+            )
         for name, allowed in _MUST_BE.items():
             self.expect(name, *allowed)
         for name, value in sorted(self._left.items()):

@@ -5,17 +5,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adamoe_dist.checkpoint import directory_problem
+from adamoe_dist.checkpoint import checkpoint_at, directory_problem
 from adamoe_dist.config import Config, model_problems
 from adamoe_dist.convert.families import family_of
 from adamoe_dist.convert.family import Architecture, Family
 from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.safetensors_files import DTYPES, Stored, TensorFiles, read_header, read_json
-from adamoe_dist.convert.tokenizer_files import count_ids, kept_files
+from adamoe_dist.convert.tokenizer_files import count_ids, left_behind
 from adamoe_dist.errors import UserError
 
 CONFIG_FILE = "config.json"
 SINGLE = "model.safetensors"
+MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
@@ -26,7 +27,7 @@ _RECOMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.si
 
 def is_hf_directory(path: Path) -> bool:
     """Tell whether a directory looks like a Hugging Face model's rather than a checkpoint of a run."""
-    return os.path.isfile(path / CONFIG_FILE) and not os.path.isfile(path / "manifest.json")
+    return os.path.isfile(path / CONFIG_FILE) and not os.path.isfile(path / MANIFEST)
 
 
 class HFDirectory:
@@ -40,9 +41,22 @@ class HFDirectory:
         """
         if problem := directory_problem(path):
             raise UserError(f"{key} {path} {problem}; give a directory that save_pretrained wrote")
+        if not (path / CONFIG_FILE).is_file() or (path / MANIFEST).is_file():
+            self._refuse_checkpoint(path, key)
         self.path = path
         self.values: dict[str, Any] = read_json(path / CONFIG_FILE)
         self.family: Family = family_of(self.values, str(path / CONFIG_FILE))
+
+    @staticmethod
+    def _refuse_checkpoint(path: Path, key: str) -> None:
+        try:
+            found = checkpoint_at(str(path), key)
+        except UserError:
+            return
+        raise UserError(
+            f"{key} {path} has the checkpoint {found.name} and is no Hugging Face directory; the command export makes "
+            "one of it"
+        )
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -139,13 +153,13 @@ class HFDirectory:
         """Return the table of its tensors, each of which is there as the family says.
 
         Args:
-            config: the model's sections.
+            config: the model's sections; its ``model.vocab_size``, where it is set, is without padding.
 
         Raises:
             UserError: a tensor is missing, unexpected, or of another shape or a type that cannot be converted.
         """
         table = {}
-        for weight in self.family.weights(config, self.architecture.vocab_size):
+        for weight in self.family.weights(config, config.model.vocab_size or self.architecture.vocab_size):
             if weight.name not in self.tensors and not weight.is_copy:
                 raise UserError(f"{self.path}: tensor {weight.name} is missing, which {CONFIG_FILE} makes needed")
             table[weight.name] = weight
@@ -170,9 +184,11 @@ class HFDirectory:
                 "the tokenizer that the model was trained with, or resize the embedding with transformers"
             )
 
-    def kept_files(self) -> list[Path]:
-        """Return the files that an import keeps: configuration, tokenizer, licence, code of its own."""
-        return kept_files(self.path)
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """One line on the files that are neither weights nor kept; nothing where there are none."""
+        names = left_behind(self.path, {*self.shards, INDEX})
+        return (f"not taken along: {', '.join(names)}",) if names else ()
 
     def open(self) -> TensorFiles:
         """Return a reader of its tensors."""

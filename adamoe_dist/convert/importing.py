@@ -16,7 +16,7 @@ from adamoe_dist.convert.mapping import Weight
 from adamoe_dist.convert.origin import FILES, RECORD, record_of
 from adamoe_dist.convert.outputs import new_directory
 from adamoe_dist.convert.safetensors_files import TensorFiles
-from adamoe_dist.convert.tokenizer_files import has_tokenizer
+from adamoe_dist.convert.tokenizer_files import has_tokenizer, kept_files
 from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
@@ -94,7 +94,7 @@ def plan_import(source: Path, vocab_size_multiple: int | None = None) -> ImportP
     config = config_from_dict(tree)
     weights = directory.weights(config)
     fingerprint, notes = tokenizer_of(directory)
-    notes = (*architecture.notes, *notes)
+    notes = (*architecture.notes, *notes, *directory.left_behind)
     return ImportPlan(directory, config, weights, tokenizer_fingerprint=fingerprint, notes=notes)
 
 
@@ -187,8 +187,11 @@ def _check_copies(plan: ImportPlan, files: TensorFiles) -> None:
 
 def _keep_files(source: HFDirectory, directory: Path) -> dict[str, Any]:
     """Copy the source's files beside the weights; return their sizes and hashes."""
-    directory.mkdir()
-    return {file.name: copy_file(file, directory / file.name) for file in source.kept_files()}
+    kept = {}
+    for name in kept_files(source.path):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        kept[name] = copy_file(source.path / name, directory / name)
+    return kept
 
 
 def _run_tree(plan: ImportPlan, target: Path) -> dict[str, Any]:

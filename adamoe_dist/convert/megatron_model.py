@@ -19,7 +19,10 @@ _RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 @contextlib.contextmanager
 def megatron_model(
-    checkpoint: Path, vocab_size: int, rounded: Mapping[str, torch.dtype] | None = None
+    checkpoint: Path,
+    vocab_size: int,
+    rounded: Mapping[str, torch.dtype] | None = None,
+    is_verified: bool = False,
 ) -> Iterator[LanguageModel]:
     """Give the model of a checkpoint with its weights, in fp32 and evaluation mode, on this process's device.
 
@@ -27,11 +30,13 @@ def megatron_model(
         checkpoint: the checkpoint directory.
         vocab_size: rows of the embedding before padding.
         rounded: types that canonical tensors are rounded to, by name; the others are taken as they are.
+        is_verified: the checkpoint's files were just compared with their hashes.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    verify_files(checkpoint)
+    if not is_verified:
+        verify_files(checkpoint)
     config = _alone(config_from_dict(read_config(checkpoint)))
     resolved = resolve(config, 1)
     launch = Launch(0, 0, 1)

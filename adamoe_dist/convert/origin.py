@@ -36,13 +36,26 @@ class Origin:
         family: of the Hugging Face model.
         vocab_size: rows of its embedding.
         files: the directory with its files; they have the hashes that the checkpoint names.
+        names: of the files; what else lies in the directory is not the import's.
         tensors: type and file of each tensor, file by file, as they lay there.
     """
 
     family: Family
     vocab_size: int
     files: Path
+    names: tuple[str, ...]
     tensors: dict[str, tuple[torch.dtype, str]]
+
+
+class FilesMissingError(UserError):
+    """A checkpoint of an imported model stands alone: nothing that the import kept is there."""
+
+
+def imported_family(checkpoint: Path) -> str | None:
+    """Return the ``model_type`` that a checkpoint was imported from, None where it is not an imported one."""
+    if RECORD not in read_manifest(checkpoint)["files"]:
+        return None
+    return str(read_json(checkpoint / RECORD)["family"])
 
 
 def record_of(family: Family, vocab_size: int, tensors: dict[str, Stored], files: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +80,7 @@ def origin_of(checkpoint: Path) -> Origin | None:
     """Return where the model of a checkpoint directory came from, or None where it is not an imported one.
 
     Raises:
+        FilesMissingError: the directory of the kept files is not there.
         UserError: one of the kept files is missing or was changed.
     """
     if RECORD not in read_manifest(checkpoint)["files"]:
@@ -74,10 +88,18 @@ def origin_of(checkpoint: Path) -> Origin | None:
     verify_files(checkpoint, [RECORD])
     record = read_json(checkpoint / RECORD)
     directory = _directory(checkpoint)
+    if not directory.is_dir():
+        raise FilesMissingError(f"{directory} is missing, where the import of {checkpoint} kept what is not weights")
     for name, entry in record["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{checkpoint / RECORD} names {name!r}, which is outside {directory}; import the model again"
+            )
         _require_kept(directory / name, entry)
     tensors = {name: (DTYPES[code], file) for name, (code, file) in record["tensors"].items()}
-    return Origin(FAMILIES[record["family"]], int(record["vocab_size"]), directory, tensors)
+    return Origin(
+        FAMILIES[record["family"]], int(record["vocab_size"]), directory, tuple(sorted(record["files"])), tensors
+    )
 
 
 def _directory(checkpoint: Path) -> Path:

@@ -20,6 +20,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ALIGNMENT = 8
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        UserError: it is not one, or its header places tensors beyond its end or over each other.
+        UserError: it is not one, is a pointer of git-lfs, or its header places tensors beyond its end or over each
+            other.
     """
+    _refuse_pointer(path)
     try:
         with safe_open(str(path), framework="pt"):  # checks lengths, overlaps and holes
             pass
@@ -58,6 +61,15 @@ def read_header(path: Path) -> dict[str, Stored]:
     }
 
 
+def _refuse_pointer(path: Path) -> None:
+    """Refuse a file that git-lfs has not fetched yet."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of git-lfs, not the file itself; run git lfs pull in {path.parent}")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -70,8 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        UserError: there is none, or a key stands there twice.
+        UserError: there is none, it is a pointer of git-lfs, or a key stands there twice.
     """
+    _refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:

@@ -1,39 +1,53 @@
-"""The files of a Hugging Face model that are not weights: tokenizer, configuration, licence, code of its own."""
+"""The files of a Hugging Face model that are not weights: tokenizer, configuration, card, licence, code of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from adamoe_dist.convert.safetensors_files import read_json
+from adamoe_dist.data import TOKENIZER_FILES
 from adamoe_dist.errors import UserError
 
-TOKENIZER_FILES = frozenset(
+_OTHERS = frozenset(
     [
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
+        "README.md",
+        "README_original.md",
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tekken.json",
+        "tokenizer.model.v3",
         "tokenizer_info.json",
-        "vocab.json",
     ]
 )
-_KEPT = TOKENIZER_FILES | {"config.json", "generation_config.json"}
+_TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_TEMPLATES = "additional_chat_templates"
 
 
-def kept_files(directory: Path) -> list[Path]:
-    """Return the files that conversion keeps, in the order of their names."""
-    return [
-        file
-        for file in sorted(directory.iterdir())
-        if file.is_file()
-        and (file.name in _KEPT or file.suffix == ".py" or file.name.upper().startswith(("LICENSE", "NOTICE")))
-    ]
+def kept_files(directory: Path) -> list[str]:
+    """Return the names of the files that conversion keeps, relative to their directory, in order."""
+    names = [file.name for file in directory.iterdir() if file.is_file() and _is_kept(file)]
+    return sorted([*names, *(f"{_TEMPLATES}/{file.name}" for file in (directory / _TEMPLATES).glob("*.jinja"))])
+
+
+def _is_kept(file: Path) -> bool:
+    is_named = file.name in TOKENIZER_FILES or file.name in _OTHERS
+    return is_named or file.suffix == ".py" or file.name.upper().startswith(_TERMS)
+
+
+def left_behind(directory: Path, weights: Collection[str]) -> list[str]:
+    """Return what of a directory conversion does not keep, directories with a slash.
+
+    Args:
+        directory: of the model.
+        weights: names of the files that tensors are read from, and of their index.
+    """
+    kept = {*kept_files(directory), *weights}
+    entries = [*directory.iterdir(), *(directory / _TEMPLATES).glob("*")]
+    names = [entry.relative_to(directory).as_posix() + ("/" if entry.is_dir() else "") for entry in entries]
+    return sorted(name for name in names if name not in {*kept, f"{_TEMPLATES}/"})
 
 
 def has_tokenizer(directory: Path) -> bool:

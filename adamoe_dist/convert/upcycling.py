@@ -116,7 +116,7 @@ def plan_upcycling(source: Path, options: Upcycling, choice: NullChoice | None =
         f"{layer_prefix(layer)}mlp.router.weight": partial(_router_rows, config, options, pieces, layer)
         for layer in range(config.model.num_layers)
     }
-    notes = (*directory.architecture.notes, *notes)
+    notes = (*directory.architecture.notes, *notes, *directory.left_behind)
     plan = ImportPlan(
         directory, config, weights, routers, keeps_origin=False, tokenizer_fingerprint=fingerprint, notes=notes
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import MergedReader, OnBytes, checkpoint_at, read_config
+from adamoe_dist.checkpoint import MergedReader, OnBytes, bytes_of_files, checkpoint_at, read_config, verify_files
 from adamoe_dist.config import config_from_dict
 from adamoe_dist.convert.exporting import read_weight
 from adamoe_dist.convert.family import meaning
@@ -43,42 +43,81 @@ class Comparing:
         """
         self.directory = HFDirectory(hf, "--hf")
         self.checkpoint = checkpoint_at(megatron, "--megatron")
-        self.vocab_size = self.directory.architecture.vocab_size
         config = config_from_dict(read_config(self.checkpoint))
         here, there = meaning(config), meaning(self.directory.architecture.config())
         differing = [f"{key} is {there[key]} there, {here[key]} here" for key in here if here[key] != there[key]]
         if differing:
             raise UserError(f"--hf {hf} is not the model of --megatron {self.checkpoint}: {'; '.join(differing)}")
+        there_rows = self.directory.architecture.vocab_size
+        self._vocab_size = config.model.vocab_size or there_rows
+        if there_rows not in (self._vocab_size, config.padded_vocab_size(self._vocab_size)):
+            raise UserError(
+                f"--hf {hf} is not the model of --megatron {self.checkpoint}: vocab_size is {there_rows} there, "
+                f"{self._vocab_size} here"
+            )
         self.weights: list[Weight] = self.directory.weights(config)
+        self._is_verified = False
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the Hugging Face model's tensors."""
-        return sum(stored.bytes for stored in self.directory.tensors.values())
+    def work_bytes(self) -> int:
+        """Bytes of the checkpoint that are verified, and of tensors that are compared."""
+        return bytes_of_files(self.checkpoint) + sum(stored.bytes for stored in self.directory.tensors.values())
 
-    def compare_tensors(self, on_bytes: OnBytes | None = None) -> int:
-        """Compare tensor by tensor in the directory's types; return how many there are.
+    def check_logits_possible(self) -> None:
+        """Refuse before anything is read what would fail after all tensors were.
 
         Raises:
-            UserError: naming the tensor with the largest difference, and it.
+            UserError: transformers has no class of the family, or the machine has too little memory for the model.
         """
-        worst, where, number = 0.0, "", 0
+        if not self.has_class():
+            raise UserError(
+                f"--hf {self.directory.path}: transformers has no class for model_type="
+                f"{self.directory.family.model_type}, so that logits cannot be compared; give --tensors-only"
+            )
+        elements = [weight.elements for weight in self.weights]
+        needed, available = 4 * (sum(elements) + max(elements)), platform.host.available_bytes()
+        if available is not None and needed > available:
+            raise UserError(
+                f"--hf {self.directory.path}: comparing logits needs {needed / 1e9:.2f} GB of memory for the model in "
+                f"fp32, and {available / 1e9:.2f} GB are free; give --tensors-only, or use a machine with more"
+            )
+
+    def compare_tensors(self, on_bytes: OnBytes | None = None) -> int:
+        """Verify the checkpoint's files, compare tensor by tensor in the directory's types; return how many there are.
+
+        Args:
+            on_bytes: told of every part that was verified or compared, :attr:`work_bytes` in all.
+
+        Raises:
+            UserError: naming the file that is damaged, the tensor with the largest difference, and it, or one that
+                has equal numbers which are not all finite.
+        """
+        verify_files(self.checkpoint, on_bytes=on_bytes)
+        self._is_verified = True
+        worst, where, number, unusable = 0.0, "", 0, ""
         with self.directory.open() as files, MergedReader(self.checkpoint) as reader:
             for weight in self.weights:
                 stored = self.directory.tensors[weight.name]
                 theirs = files.read(stored)
                 ours = read_weight(reader, weight, DTYPES[stored.dtype])
-                if not torch.equal(theirs, ours):
+                if not torch.allclose(theirs, ours, rtol=0.0, atol=0.0, equal_nan=True):
                     number += 1
                     gap = float((theirs.float() - ours.float()).abs().max())
                     if not where or not gap <= worst:
                         worst, where = gap, weight.name
+                elif not theirs.isfinite().all():
+                    unusable = unusable or weight.name
                 if on_bytes is not None:
                     on_bytes(stored.bytes)
         if where:
             raise UserError(
                 f"{number} of {len(self.weights)} tensors differ, {where} most: by {worst:.3g}; "
                 f"--hf {self.directory.path} and --megatron {self.checkpoint} do not have the same weights"
+            )
+        if unusable:
+            raise UserError(
+                f"tensors are equal, but {unusable} holds numbers that are not finite, with which no logits can be "
+                f"compared; give --hf {self.directory.path} and --megatron {self.checkpoint} without such"
             )
         return len(self.weights)
 
@@ -100,16 +139,16 @@ class Comparing:
         theirs = self._their_logits(sequences)
         dtypes = {weight.tensor: DTYPES[self.directory.tensors[weight.name].dtype] for weight in self.weights}
         largest, total, where = 0.0, 0.0, (0, 0, 0)
-        with torch.no_grad(), megatron_model(self.checkpoint, self.vocab_size, dtypes) as model:
+        with torch.no_grad(), megatron_model(self.checkpoint, self._vocab_size, dtypes, self._is_verified) as model:
             device = next(model.parameters()).device
             for number, (tokens, expected) in enumerate(zip(sequences, theirs, strict=True)):
-                got = model.logits(tokens.to(device))[0, :, : self.vocab_size].float().cpu()
+                got = model.logits(tokens.to(device))[0, :, : expected.shape[1]].float().cpu()
                 gaps = (got - expected).abs()
                 total += float(gaps.double().sum())
                 top = float(gaps.max())
                 if not top <= largest:
                     largest = top
-                    where = number, *divmod(int(gaps.argmax()), self.vocab_size)
+                    where = number, *divmod(int(gaps.argmax()), expected.shape[1])
         count = sum(expected.numel() for expected in theirs)
         if not largest <= tolerance or math.isnan(total):
             raise UserError(
@@ -126,7 +165,9 @@ class Comparing:
             draws = torch.Generator().manual_seed(0)
             length = min(64, int(self.directory.architecture.model["sequence_length"]))
             shape = (RANDOM_SEQUENCES, 1, length)
-            return "random ids, for there is no tokenizer", list(torch.randint(self.vocab_size, shape, generator=draws))
+            return "random ids, for there is no tokenizer", list(
+                torch.randint(self._vocab_size, shape, generator=draws)
+            )
         cut = _tokenizer(self.directory.path)
         longest = min(LONGEST, int(self.directory.architecture.model["sequence_length"]))
         if text is None:

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from adamoe_dist.data.standard_library import STANDARD_LIBRARY
     from adamoe_dist.data.storage import PartInfo, read_info
     from adamoe_dist.data.tokenizer import Tokenizer
-    from adamoe_dist.data.tokenizer_huggingface import HuggingFaceTokenizer
+    from adamoe_dist.data.tokenizer_huggingface import TOKENIZER_FILES, HuggingFaceTokenizer
     from adamoe_dist.data.tokenizer_sentencepiece import SentencePieceTokenizer
     from adamoe_dist.data.tokenizer_training import TrainingSummary, train_tokenizer
 
 __all__ = [
     "STANDARD_LIBRARY",
+    "TOKENIZER_FILES",
     "BatchStream",
     "BlendedSamples",
     "Dataset",
@@ -69,7 +70,7 @@ _HOMES = {
     "standard_library": ("STANDARD_LIBRARY",),
     "storage": ("PartInfo", "read_info"),
     "tokenizer": ("Tokenizer",),
-    "tokenizer_huggingface": ("HuggingFaceTokenizer",),
+    "tokenizer_huggingface": ("TOKENIZER_FILES", "HuggingFaceTokenizer"),
     "tokenizer_sentencepiece": ("SentencePieceTokenizer",),
     "tokenizer_training": ("TrainingSummary", "train_tokenizer"),
 }

@@ -25,6 +25,8 @@ DECISIVE = (
 )
 """Files that decide ids. Of ``tokenizer_config.json`` all does but the keys of ``HARMLESS``."""
 CHAT_FILES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (*DECISIVE, CONFIG, *CHAT_FILES)
+"""Files that a tokenizer consists of, as far as they are there."""
 HARMLESS = (
     "chat_template",
     "clean_up_tokenization_spaces",
@@ -70,8 +72,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @classmethod
     def from_directory(cls, directory: Path) -> "HuggingFaceTokenizer":
         """Read the tokenizer's files of a directory, which may hold a model besides."""
-        names = [*DECISIVE, CONFIG, *CHAT_FILES]
-        files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+        files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
         if not _names_class(files) and (directory / MODEL_CONFIG).is_file():
             files[MODEL_CONFIG] = (directory / MODEL_CONFIG).read_bytes()
         return cls(files, str(directory))

@@ -45,6 +45,7 @@ class CardFacts:
         base_model: name on the hub of the model that it was made from; None: none, or not known.
         base_family: ``model_type`` of an imported model; None: trained from new weights.
         license: its identifier; None: not set.
+        original_card: file beside it, the card of the model that it was made from; None: there is none.
     """
 
     title: str
@@ -59,6 +60,7 @@ class CardFacts:
     base_model: str | None = None
     base_family: str | None = None
     license: str | None = None
+    original_card: str | None = None
 
 
 def read_measured(run: Path, step: int) -> Measured:
@@ -113,6 +115,8 @@ def _summary(facts: CardFacts) -> str:
         source = "It was trained from new weights."
     else:
         source = f"It was made from {facts.base_model or f'a {facts.base_family} model whose name is not recorded'}."
+    if facts.original_card is not None:
+        source += f" The card of that model is [{facts.original_card}]({facts.original_card})."
     return (
         f"A language model of {model.num_layers} layers, {len(facts.config.moe_layers)} of them mixtures of experts: "
         f"{null}. {facts.parameters:,} parameters, {facts.dtype}, class `{facts.architecture}`, context "

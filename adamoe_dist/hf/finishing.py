@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adamoe_dist.data import Tokenizer
+from adamoe_dist.errors import UserError
 from adamoe_dist.hf.card import CardFacts, model_card, read_measured
 
 if TYPE_CHECKING:
@@ -12,21 +13,36 @@ if TYPE_CHECKING:
 
 GENERATION = "generation_config.json"
 CARD = "README.md"
+ORIGINAL_CARD = "README_original.md"
 
 
-def finish_export(plan: "ExportPlan", directory: Path, title: str, license_id: str | None = None) -> None:
-    """Write ``generation_config.json`` where there is none, and the model card.
+def finish_export(plan: "ExportPlan", directory: Path, title: str, license_id: str | None = None) -> list[str]:
+    """Write ``generation_config.json`` where a new model has none, and the model card.
+
+    A model of the family that was imported has the settings that it came with, or none. The card that it came with is
+    kept as ``README_original.md``; one of an earlier export, beside such a file, is replaced.
 
     Args:
         plan: of the export.
         directory: with everything else.
         title: of the card.
         license_id: identifier of the licence; None: not set.
+
+    Returns:
+        Lines on what could not be written.
     """
-    if plan.tokenizer is not None and not (directory / GENERATION).exists():
-        settings = generation_settings(Tokenizer.load(plan.tokenizer), json.loads(plan.config_json)["vocab_size"])
-        (directory / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    notes = []
+    is_new = plan.origin is None or plan.family is not plan.origin.family
+    if plan.tokenizer is not None and is_new and not (directory / GENERATION).exists():
+        try:
+            settings = generation_settings(Tokenizer.load(plan.tokenizer), json.loads(plan.config_json)["vocab_size"])
+            (directory / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        except UserError as problem:
+            notes.append(f"no {GENERATION} is in it: {problem}")
+    if (directory / CARD).exists() and not (directory / ORIGINAL_CARD).exists():
+        (directory / CARD).rename(directory / ORIGINAL_CARD)
     (directory / CARD).write_text(model_card(card_facts(plan, directory, title, license_id)), encoding="utf-8")
+    return notes
 
 
 def generation_settings(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
@@ -65,6 +81,7 @@ def card_facts(plan: "ExportPlan", directory: Path, title: str, license_id: str 
         base_model=_base_model(plan),
         base_family=plan.origin.family.model_type if plan.origin is not None else None,
         license=license_id,
+        original_card=ORIGINAL_CARD if (directory / ORIGINAL_CARD).exists() else None,
     )
 
 

@@ -1,7 +1,9 @@
 """Settings of the C libraries below torch that training on CPU cores depends on. Imports no torch."""
 
+import contextlib
 import ctypes
 import os
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 """After a parallel region GNU's OpenMP lets its threads spin for some milliseconds, on cores that the experts' threads
@@ -21,3 +23,15 @@ def keep_memory() -> bool:
     if mallopt is None:
         return False
     return all(mallopt(name, value) for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)))
+
+
+def available_bytes() -> int | None:
+    """Return the memory that this process can still have, of the machine and of its control group; None: not known."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)

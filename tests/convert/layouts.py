@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from adamoe_dist.data import MicroBatch
 from tests.distributed.cases import merged
 
 
-def loss_in_layout(checkpoint: Path, changes: dict[str, Any], tokens: torch.Tensor) -> float:
-    """The mean loss of tokens (B, S + 1) by the model of a checkpoint, loaded into a layout as a run loads it."""
-    import torch.distributed as dist
+def logits_in_layout(checkpoint: Path, changes: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Logits (B, S, V) of tokens (B, S) by a checkpoint's model, loaded into a layout as a run loads it.
 
+    Every rank computes all of them; None: this one's stage is not the last.
+    """
     from adamoe_dist import platform
     from adamoe_dist.checkpoint import load_weights, read_config
     from adamoe_dist.config import config_from_dict, resolve
@@ -24,7 +24,7 @@ def loss_in_layout(checkpoint: Path, changes: dict[str, Any], tokens: torch.Tens
         read_config(checkpoint),
         {
             "data": {"tokenizer": "unused", "train": [{"path": "unused"}]},
-            "model": {"sequence_length": tokens.shape[1] - 1},
+            "model": {"sequence_length": tokens.shape[1]},
             "moe": {"router": {"balance": {"coefficient": 0.0}}},
             "train": {"global_batch_size": tokens.shape[0], "micro_batch_size": 1, "precision": "fp32"},
         },
@@ -39,13 +39,8 @@ def loss_in_layout(checkpoint: Path, changes: dict[str, Any], tokens: torch.Tens
         engine = TrainingEngine(model, config, resolved, torch.float32, config.moe.num_experts)
         load_weights(checkpoint, engine)
         schedule = Schedule(engine, model, torch.float32, torch.device("cpu"))
-        total = torch.zeros(2)
-        for sample in tokens:
-            losses = schedule.losses(MicroBatch(sample[None]))
-            if losses is not None:
-                total += torch.tensor([float(losses.sum()), losses.numel()])
-        dist.all_reduce(total)
+        scores = schedule._through_stages(model.logits, tokens, model.hidden_shape(*tokens.shape))
         engine.close()
-        return float(total[0] / total[1])
+        return None if scores is None else scores[:, :, : config.model.vocab_size]
     finally:
         destroy_groups()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 VOCAB = 100
+README = Path(__file__).parents[2] / "README.md"
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -100,14 +101,17 @@ def save(
 
 
 def add_tokenizer(directory: Path, ids: int = 90) -> None:
-    """A tokenizer of whole words, of which a few are special."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A tokenizer of pairs that were merged in the README, in small letters, with three special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<s>", "</s>", "the", "a", "of", "to", "in", "ship", "area", "circle", "return", "left", "day"]
-    words += [f"word{number}" for number in range(ids - len(words))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=ids, special_tokens=special, limit_alphabet=50, show_progress=False)
+    tokenizer.train([str(README)], trainer)
+    assert tokenizer.get_vocab_size() == ids
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(directory)

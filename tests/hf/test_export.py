@@ -74,7 +74,7 @@ def test_out_and_back_gives_every_tensor_to_the_bit(made):
     assert again.moe.null_types == config.moe.null_types and again.moe.router.null_init in ("random", "shared")
     assert export(back, root / "hf2").family.model_type == "adamoe"
     names = {file.name for file in (root / "hf").iterdir()}
-    assert {file.name for file in (root / "hf2").iterdir()} == names
+    assert {file.name for file in (root / "hf2").iterdir()} == {*names, "README_original.md"}
     for name in names - {"README.md"}:
         assert (root / "hf" / name).read_bytes() == (root / "hf2" / name).read_bytes(), name
 
@@ -178,6 +178,15 @@ def test_a_checkpoint_that_is_not_of_its_configuration_is_refused(tmp_path):
         sign(checkpoint)
         with pytest.raises(UserError, match=problem):
             model_from_checkpoint(checkpoint)
+
+
+def test_a_vocabulary_below_the_tokenizers_is_refused(tmp_path):
+    from adamoe_dist.convert import plan_export
+    from adamoe_dist.errors import UserError
+
+    checkpoint, _, _ = checkpoint_of(tmp_path, {})
+    with pytest.raises(UserError, match=rf"--vocab-size 200 is less than the {VOCAB_OF_TOKENIZER} ids"):
+        plan_export(str(checkpoint), vocab_size=200)
 
 
 def test_another_tokenizer_than_that_of_training_does_not_go_along(tmp_path):
