@@ -26,7 +26,9 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
     """Return the summary, one fact a line."""
     before, after, record = recorder.first_validation, recorder.last_validation, recorder.last_record
     lines = []
-    if after and before:
+    if after and after is before:
+        lines.append(f"validation loss: {after.loss:.4f} before training (nats a token), not measured since")
+    elif after and before:
         lines.append(f"validation loss: {before.loss:.4f} before, {after.loss:.4f} after (nats a token)")
         lines.append(f"bits per byte: {before.bits_per_byte:.4f} before, {after.bits_per_byte:.4f} after")
     elif after:
@@ -43,6 +45,11 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
         lines.append(
             f"rows sent to other ranks in the last step: {record['dispatch_rows']}, un-deduplicated "
             f"{record['dispatch_rows_undeduplicated']}"
+        )
+    if trainer.seconds["save_write"]:
+        lines.append(
+            f"saves since the last record: training stood still for {trainer.seconds['save_stall']:.1f} s, "
+            f"writing took {trainer.seconds['save_write']:.1f} s"
         )
     if trainer.stop_signal is not None:
         cause = "checkpoint.time_limit_minutes" if trainer.stop_signal == signal.SIGALRM else trainer.stop_signal.name
