@@ -84,7 +84,8 @@ def step_record(trainer: Trainer, steps: Sequence[StepResult]) -> tuple[Record, 
     and ``dispatch_rows_same_node`` and ``dispatch_rows_other_node`` add up to ``dispatch_rows``; bytes likewise.
     ``score_entropy`` is the mean over layers and real tokens.
     ``true_experts_per_token`` counts what was selected; ``dropped_share`` of it exceeded an expert's capacity and was
-    not computed, which ``expert_flops_saved`` counts too.
+    not computed, which ``expert_flops_saved`` counts too. ``true_experts_per_token_min``, ``_max`` and
+    ``expert_max_over_mean`` are those of the layer with the least, the greatest, and the most uneven load.
     ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
     one step. ``loss_scale`` and ``skipped_steps``, of this process so far, are there under fp16; ``grad_norm`` of a
     skipped step is 0. ``loss_tokens``, where not every token counts, are those that ``lm_loss`` is the mean over; the
@@ -131,6 +132,9 @@ def step_record(trainer: Trainer, steps: Sequence[StepResult]) -> tuple[Record, 
         "memory_peak_gib": peak_memory_gib(trainer.device),
     }
     layers = [routing_record(*read_vector(vector, num_experts), top_k) for vector in vectors]
+    loads = [layer.true_experts_per_token for layer in layers]
+    record["true_experts_per_token_min"], record["true_experts_per_token_max"] = min(loads), max(loads)
+    record["expert_max_over_mean"] = max(layer.expert_max_over_mean for layer in layers)
     target = trainer.config.moe.router.target_load
     if target is not None:
         record["target_load_error"] = max(abs(layer.true_experts_per_token / target - 1.0) for layer in layers)
