@@ -1,7 +1,9 @@
 """The last lines of a run."""
 
 import logging
+import shlex
 import signal
+from pathlib import Path
 
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.loop import Trainer
@@ -56,5 +58,12 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
         lines.append(f"stopped by {cause} after step {trainer.step}; checkpoint.resume=auto goes on")
     lines.append(f"run directory: {trainer.config.run_dir}")
     if trainer.config.monitor.tensorboard:
-        lines.append(f"look at it with: python -m tensorboard.main --logdir {trainer.config.run_dir.parent}")
+        shown = shlex.quote(str(_with_other_runs(trainer.config.run_dir)))
+        lines.append(f"look at it with: python -m tensorboard.main --logdir {shown}")
     return lines
+
+
+def _with_other_runs(run_dir: Path) -> Path:
+    """Return the parent where there are other runs beside this one, or else its own directory."""
+    others = (path.parent for path in run_dir.parent.glob("*/tensorboard"))
+    return run_dir.parent if any(other != run_dir for other in others) else run_dir
