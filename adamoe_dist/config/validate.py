@@ -82,6 +82,7 @@ def resolve(config: Config, world_size: int) -> Resolved:
     _check_data(config, problems)
     _check_training(config, problems)
     _check_monitor(config, problems)
+    _check_name(config.run.name, problems)
     _check_deepspeed(config, problems)
     check_finetune(config, problems)
     check_profile(config, world_size, problems)
@@ -305,6 +306,14 @@ def _check_optimizer(config: Config, problems: list[str]) -> None:
         problems.append(f"{name} updates on CUDA and zero.offload_optimizer=True on the CPU; use auto or torch")
     if not is_offloaded and implementation == "deepspeed_cpu":
         problems.append(f"{name} is for an offloaded optimizer; set zero.offload_optimizer=true or use auto")
+
+
+def _check_name(name: str, problems: list[str]) -> None:
+    if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
+        problems.append(
+            f"run.name={name!r} is to be the name of a directory: not empty, no '/', not '..'; name another place with "
+            "run.dir"
+        )
 
 
 def _check_monitor(config: Config, problems: list[str]) -> None:

@@ -1,7 +1,9 @@
 """The first page of TensorBoard: four questions, and the charts that answer each.
 
 A chart names its tags by regular expressions that must match a tag from its beginning; each ends with ``$``, because
-TensorBoard does not ask for a match to the end.
+TensorBoard does not ask for a match to the end. No chart has a line for each layer, which of several runs would be
+dozens of lines in a few colours: they are on the page *Scalars*. Charts that may stay empty are the last of their
+question.
 """
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -22,20 +24,18 @@ QUESTIONS: dict[str, Charts] = {
         "seconds a step": ("speed/step_time_s",),
         "seconds a step, by phase": ("time/(data|forward|backward|pipeline|optimizer|other|save)_s",),
         "seconds of the forward pass in MoE layers": ("time/(routing|dispatch|experts|combine)_s",),
-        "model FLOPs utilization": ("speed/mfu",),
         "model TFLOP/s": ("speed/model_tflops_per_second",),
         "peak memory, GiB": ("speed/memory_peak_gib",),
         "rows of a step, by distance": ("dispatch/rows_(same_rank|same_node|other_node)",),
         "bytes of a step, by distance": ("dispatch/bytes_(same_node|other_node)",),
+        "model FLOPs utilization, where the peak is known": ("speed/mfu",),
     },
     "Is it balanced?": {
-        "true experts a token": ("routing/true_experts_per_token",),
-        "true experts a token, by layer": ("layers/true_experts_per_token/.*",),
-        "null share of the slots, by layer": ("layers/null_share/.*",),
-        "tokens with null experts only, by layer": ("layers/all_null_share/.*",),
-        "busiest expert over the mean, by layer": ("layers/expert_max_over_mean/.*",),
-        "entropy of the expert load, nats, by layer": ("layers/expert_load_entropy/.*",),
-        "entropy of the router's scores, nats, by layer": ("layers/score_entropy/.*",),
+        "true experts a token: all layers, least and most of a layer": ("routing/true_experts_per_token(_min|_max)?",),
+        "busiest expert over the mean, in the most uneven layer": ("routing/expert_max_over_mean",),
+        "null share of the slots": ("routing/null_share",),
+        "tokens with null experts only": ("routing/all_null_share",),
+        "entropy of the router's scores, nats": ("routing/score_entropy",),
         "balance loss and z-loss": ("loss/balance", "loss/z"),
         "distance from the target load; dropped pairs": ("routing/target_load_error", "routing/dropped_share"),
     },

@@ -9,6 +9,8 @@ from adamoe_dist.planning.placement import place
 from adamoe_dist.planning.rows import dispatch_rows
 from adamoe_dist.planning.spread import load_distribution
 
+_UNITS = ("bytes", "KiB", "MiB", "GiB")
+
 
 def describe_run(
     config: Config, resolved: Resolved, padded_vocab_size: int, precision: str, is_cpu: bool = True
@@ -40,13 +42,22 @@ def describe_run(
         f"{parameters.moe_layers} of {config.model.num_layers} layers",
         f"parameters: {parameters.total:,} total, {parameters.active(load):,} active a token at that load "
         f"(vocabulary {padded_vocab_size})",
-        f"training state a rank{of_stage}: {memory.total / 2**30:.3f} GiB = weights {memory.weights / 2**30:.3f} + "
-        f"gradients {memory.gradients / 2**30:.3f} + optimizer {memory.optimizer / 2**30:.3f}"
-        + (f"; in CPU memory {memory.host / 2**30:.3f} GiB" if memory.host else ""),
-        f"at the peak of a step about {peak.total / 2**30:.3f} GiB, activations {peak.activations / 2**30:.3f} of it "
+        f"training state a rank{of_stage}: {size_words(memory.total)} = weights {size_words(memory.weights)} + "
+        f"gradients {size_words(memory.gradients)} + optimizer {size_words(memory.optimizer)}"
+        + (f"; in CPU memory {size_words(memory.host)}" if memory.host else ""),
+        f"at the peak of a step about {size_words(peak.total)}, activations {size_words(peak.activations)} of it "
         f"(recompute {config.train.recompute}; the driver's own memory not counted)",
         f"dispatch: about {rows.rows * dispatches:.0f} rows to other ranks a step, "
-        f"{rows.bytes * dispatches / 1e6:.1f} MB forward (one row a token and true expert: "
+        f"{size_words(rows.bytes * dispatches)} forward (one row a token and true expert: "
         f"{rows.undeduplicated * dispatches:.0f}), at that load and experts used alike",
         f"compute: {flops_per_token(config, parameters, load) / 1e6:.2f} MFLOP a token, forward and backward",
     ]
+
+
+def size_words(size: float) -> str:
+    """Return a number of bytes in the unit in which it has one to four digits: ``3.21 MiB``, ``1020 GiB``."""
+    for unit in _UNITS:
+        if size < 1023.5:
+            return f"{size:.4g} {unit}" if size >= 1000 else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

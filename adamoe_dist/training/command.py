@@ -74,24 +74,33 @@ def _run(argv: list[str], task: Task, parser: ToolParser) -> int:
 
 
 def _dry_run(config: Config, task: Task) -> int:
+    """Check what the run would check before it builds anything, and write nothing."""
     resolved = resolve(config, _world_size())
-    task.complete(config)
+    if _rank() != 0:
+        return 0
     from adamoe_dist import platform
+
+    platform.prepare()
     from adamoe_dist.data import Tokenizer
     from adamoe_dist.planning import describe_run
+    from adamoe_dist.training.checks import check_place, check_start
 
-    path = Path(config.data.tokenizer)
-    if path.exists() or not config.data.prepare.input:
-        vocabulary = Tokenizer.load(path).vocab_size
+    start = check_place(config)
+    corpora = task.look(config)
+    notes = check_start(config, resolved, start, corpora)
+    if corpora is not None:
+        vocabulary = corpora.tokenizer.vocab_size
+    elif Path(config.data.tokenizer).exists():
+        vocabulary = Tokenizer.load(config.data.tokenizer).vocab_size
     else:
         vocabulary = config.data.prepare.vocab_size
     precision = platform.compute_precision(config.train.precision)
-    if _rank() == 0:
-        for line in describe_run(
-            config, resolved, config.padded_vocab_size(vocabulary), precision, not platform.is_cuda()
-        ):
-            say(line)
-        say("dry run: nothing was trained")
+    padded = config.padded_vocab_size(vocabulary)
+    for line in describe_run(config, resolved, padded, precision, not platform.is_cuda()):
+        say(line)
+    for note in notes:
+        say(note)
+    say("dry run: nothing was trained")
     return 0
 
 

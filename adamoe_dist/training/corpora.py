@@ -31,6 +31,23 @@ class Corpora:
     validation: Sequence[Dataset]
 
 
+def is_to_be_prepared(config: Config) -> bool:
+    """Tell whether files of the run are missing that :func:`prepare_missing` makes.
+
+    Raises:
+        UserError: the texts that it would make them from cannot be used.
+    """
+    texts = config.data.prepare.input
+    if not texts or (Path(config.data.tokenizer).exists() and Path(f"{_prefix(config)}_train.json").is_file()):
+        return False
+    validate_inputs(texts)
+    return True
+
+
+def _prefix(config: Config) -> str:
+    return str(config.data.train[0]["path"]).removesuffix("_train")
+
+
 def prepare_missing(config: Config) -> None:
     """Train the tokenizer and cut the text of ``data.prepare.input`` where the run's files are missing.
 
@@ -40,15 +57,10 @@ def prepare_missing(config: Config) -> None:
     Raises:
         UserError: the texts cannot be used.
     """
-    settings = config.data.prepare
-    if not settings.input:
+    if not is_to_be_prepared(config):
         return
-    base = config.data.train[0]["path"].removesuffix("_train")
-    has_tokenizer = Path(config.data.tokenizer).exists()
-    if has_tokenizer and Path(f"{base}_train.json").is_file():
-        return
-    validate_inputs(settings.input)
-    if not has_tokenizer:
+    settings, base = config.data.prepare, _prefix(config)
+    if not Path(config.data.tokenizer).exists():
         logger.info("data.tokenizer=%s is missing: training it on %s", config.data.tokenizer, settings.input)
         summary = train_tokenizer(iterate_documents(settings.input), settings.vocab_size, config.data.tokenizer)
         logger.info("tokenizer: %s", summary)

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from adamoe_dist.files import replacing
 from adamoe_dist.parallel import Progress
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
@@ -55,10 +56,8 @@ class Heartbeat(Callback):
     def _write(self) -> None:
         """Replace the file; a disk that refuses is a warning, since the training does not need it."""
         try:
-            with self._lock:
-                unfinished = self._path.with_name(self._path.name + ".tmp")
+            with self._lock, replacing(self._path) as unfinished:
                 unfinished.write_text(json.dumps(self._content(), allow_nan=False) + "\n", encoding="utf-8")
-                unfinished.replace(self._path)
         except OSError as problem:
             logger.warning("warning: %s is not written: %s", self._path, problem)
 

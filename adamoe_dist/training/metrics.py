@@ -1,6 +1,7 @@
 """The metrics of a logged step, reduced over all ranks so that they do not depend on how the run is cut."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,8 +75,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return float(peak)
 
 
-def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[Record, dict[int, RoutingRecord]]:
-    """Build the metrics of one step, and of each MoE layer in it by the layer's number from 0. Collective.
+def step_record(trainer: Trainer, steps: Sequence[StepResult]) -> tuple[Record, dict[int, RoutingRecord]]:
+    """Build the metrics of the last of some steps, and of each MoE layer in it by its number from 0. Collective.
 
     ``balance_loss`` and ``z_loss`` are means over layers and micro-batches, coefficients included: the balance loss is
     top_k x alpha at perfect balance. ``dispatch_rows`` and ``dispatch_bytes`` are sums over the step: all layers,
@@ -83,7 +84,8 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
     and ``dispatch_rows_same_node`` and ``dispatch_rows_other_node`` add up to ``dispatch_rows``; bytes likewise.
     ``score_entropy`` is the mean over layers and real tokens.
     ``true_experts_per_token`` counts what was selected; ``dropped_share`` of it exceeded an expert's capacity and was
-    not computed, which ``expert_flops_saved`` counts too.
+    not computed, which ``expert_flops_saved`` counts too. ``true_experts_per_token_min``, ``_max`` and
+    ``expert_max_over_mean`` are those of the layer with the least, the greatest, and the most uneven load.
     ``target_load_error``, there where a target is held, is the largest over layers of ``|load / target - 1|`` in this
     one step. ``loss_scale`` and ``skipped_steps``, of this process so far, are there under fp16; ``grad_norm`` of a
     skipped step is 0. ``loss_tokens``, where not every token counts, are those that ``lm_loss`` is the mean over; the
@@ -92,9 +94,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
 
     Args:
         trainer: the loop.
-        result: the step.
-        seconds: time of a step, averaged since the last logged one.
+        steps: those since the last logged one, over which time and speed are averaged.
     """
+    result, seconds = steps[-1], sum(step.seconds for step in steps)
     num_experts = trainer.config.moe.num_experts
     vectors = layer_vectors(trainer)
     sums, routing = read_vector(vectors.sum(dim=0), num_experts)
@@ -110,8 +112,8 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "z_loss": sums["z_loss"] / micro_batches,
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
-        "step_time_s": seconds,
-        "tokens_per_second": result.tokens.real / seconds,
+        "step_time_s": seconds / len(steps),
+        "tokens_per_second": sum(step.tokens.real for step in steps) / seconds,
         "true_experts_per_token": overall.true_experts_per_token,
         "null_share": overall.null_share,
         "all_null_share": overall.all_null_share,
@@ -130,6 +132,9 @@ def step_record(trainer: Trainer, result: StepResult, seconds: float) -> tuple[R
         "memory_peak_gib": peak_memory_gib(trainer.device),
     }
     layers = [routing_record(*read_vector(vector, num_experts), top_k) for vector in vectors]
+    loads = [layer.true_experts_per_token for layer in layers]
+    record["true_experts_per_token_min"], record["true_experts_per_token_max"] = min(loads), max(loads)
+    record["expert_max_over_mean"] = max(layer.expert_max_over_mean for layer in layers)
     target = trainer.config.moe.router.target_load
     if target is not None:
         record["target_load_error"] = max(abs(layer.true_experts_per_token / target - 1.0) for layer in layers)

@@ -8,6 +8,7 @@ import torch
 
 from adamoe_dist import platform
 from adamoe_dist.config import ProfileConfig
+from adamoe_dist.files import replacing
 from adamoe_dist.timing import Annotations
 from adamoe_dist.training.callback import Callback, StepResult
 from adamoe_dist.training.loop import Trainer
@@ -86,12 +87,11 @@ class StepProfiler(Callback):
         recorded.stop()
         name = f"rank_{trainer.rank:04d}_steps_{self._started}-{step}"
         trace = self._directory / f"{name}.pt.trace.json"
-        unfinished = trace.with_suffix(".tmp")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            recorded.export_chrome_trace(str(unfinished))
-            _require_whole(unfinished)
-            unfinished.replace(trace)
+            with replacing(trace) as unfinished:
+                recorded.export_chrome_trace(str(unfinished))
+                _require_whole(unfinished)
             if self._memory:
                 platform.stop_memory_history(self._directory / f"{name}.memory.pickle")
         except OSError as problem:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 class Recorder(Callback):
     """Records every ``monitor.log_interval`` steps, every ``train.validation_interval`` steps, first and last.
 
+    A run that a signal or its time limit ends is not validated any more.
+
     Step time and speed are averages since the last record, without the first step of the process, which allocates and
     compiles; a record of that step alone has its own time, and no ``model_flops_per_second``, ``mfu`` or ``time_*``.
     The phases, ``time_*``, are those of the recorded step itself: a clock runs in no other.
@@ -40,7 +42,7 @@ class Recorder(Callback):
         self.pace = Pace()
         self._sets = validation_sets
         self._jsonl: JsonlWriter | None = None
-        self._seconds: list[float] = []
+        self._unrecorded: list[StepResult] = []
         self._speed = speed
         self._clock = PhaseClock()
         self._steps = 0
@@ -73,25 +75,22 @@ class Recorder(Callback):
         trainer.ranges.remove(self._clock)
         self._steps += 1
         if self._steps == 2:
-            self._seconds.clear()  # of the first step
-        self._seconds.append(result.seconds)
+            self._unrecorded.clear()  # the first step
+        self._unrecorded.append(result)
         interval = trainer.config.train.validation_interval
         last = trainer.is_last_step
-        is_validated = (
-            bool(self._sets)
-            and trainer.failure is None
-            and (last or (interval is not None and result.step % interval == 0))
-        )
+        is_due = last or (interval is not None and result.step % interval == 0)
+        # whoever sent a signal may kill the run soon: it saves first, and only that
+        is_validated = bool(self._sets) and trainer.failure is None and trainer.stop_signal is None and is_due
         if not (is_validated or last or result.step % trainer.config.monitor.log_interval == 0):
             return
-        average_s, steps = sum(self._seconds) / len(self._seconds), len(self._seconds)
-        self._seconds = []
-        record, layers = step_record(trainer, result, average_s)
+        steps, self._unrecorded = self._unrecorded, []
+        record, layers = step_record(trainer, steps)
         if self._steps > 1:
             load = record["true_experts_per_token"] * (1.0 - record["dropped_share"])
             record.update(self._speed.fields(record["tokens_per_second"], load))
         if self._is_measured:
-            save_s = trainer.seconds["save_stall"] / steps
+            save_s = trainer.seconds["save_stall"] / len(steps)
             record.update(phase_fields(trainer, self._clock.take(), result.seconds, save_s))
         record.update({f"{name}_s": seconds for name, seconds in trainer.seconds.items() if seconds})
         trainer.seconds.clear()
@@ -104,7 +103,7 @@ class Recorder(Callback):
 
     def on_finish(self, trainer: Trainer) -> None:
         """Validate a run that had nothing left to train, and close the files."""
-        if self._sets and self.last_validation is None:
+        if self._sets and self.last_validation is None and trainer.stop_signal is None:
             logger.info("nothing left to train: step %d of %d is done", trainer.step, trainer.config.train.steps)
             self._validate(trainer)
         if self._jsonl:

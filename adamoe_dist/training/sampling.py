@@ -1,6 +1,7 @@
 """A short text from the model in training."""
 
 import logging
+import unicodedata
 
 import torch
 
@@ -31,6 +32,11 @@ def sample_text(trainer: Trainer, tokenizer: Tokenizer, prompt: str, new_tokens:
     return tokenizer.decode(ids[0].tolist())
 
 
+def printable(text: str) -> str:
+    """Return a text whose control characters, but for line ends and tabs, are escaped: a terminal would obey them."""
+    return "".join(sign if sign in "\n\t" or unicodedata.category(sign) != "Cc" else ascii(sign)[1:-1] for sign in text)
+
+
 class SampleWriter(Callback):
     """Generates a text every ``monitor.sample_interval`` steps and at the end; logs it, adds it to TensorBoard."""
 
@@ -52,6 +58,6 @@ class SampleWriter(Callback):
     def _generate(self, trainer: Trainer) -> None:
         monitor = trainer.config.monitor
         text = sample_text(trainer, self._tokenizer, monitor.sample_prompt, monitor.sample_tokens)
-        logger.info("sample, continuing %r:\n%s", monitor.sample_prompt, text)
+        logger.info("sample, continuing %r:\n%s", monitor.sample_prompt, printable(text))
         if self._recorder.board:
             self._recorder.board.write_text("sample", text, trainer.step)

@@ -6,19 +6,16 @@ import traceback
 import torch
 
 from adamoe_dist import platform
-from adamoe_dist.checkpoint import Start, check_compatible, find_start, notes_on_cut, remove_leftovers
-from adamoe_dist.config import Config, Resolved, is_allowed, schedule_problem
+from adamoe_dist.checkpoint import Start, remove_leftovers
+from adamoe_dist.config import Config, Resolved, is_allowed
 from adamoe_dist.data import BatchStream
-from adamoe_dist.dispatch import check_flex
 from adamoe_dist.errors import NumericalError, UserError, exit_code_of
 from adamoe_dist.model import build_model, choose_trained
-from adamoe_dist.monitoring import check_wandb
 from adamoe_dist.parallel import (
     Launch,
     Progress,
     TrainingEngine,
     check_port,
-    choose_implementation,
     data_parallel_rank,
     destroy_groups,
     initialize_groups,
@@ -28,7 +25,7 @@ from adamoe_dist.parallel import (
 )
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.checkpointing import CheckpointWriter, restore
-from adamoe_dist.training.corpora import Corpora
+from adamoe_dist.training.checks import check_place, check_start
 from adamoe_dist.training.display import ProgressBar
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.logs import Logs
@@ -36,7 +33,6 @@ from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.profiling import StepProfiler
 from adamoe_dist.training.recorder import Recorder
 from adamoe_dist.training.run_directory import (
-    check_run_directory,
     checkpoint_root,
     create_run_directory,
     keep_tokenizer,
@@ -96,16 +92,10 @@ def _keep(error: Exception) -> None:
 
 def _check_before_groups(config: Config, resolved: Resolved, task: Task, logs: Logs) -> Start | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
-    check_run_directory(config)
-    platform.compute_precision(config.train.precision)
-    choose_implementation(config)
-    check_wandb(config)
-    if config.moe.dispatcher.type == "flex":
-        check_flex(config.moe.dispatcher.flex_backend)
-    start = find_start(config)
+    start = check_place(config)
     notes = task.prepare(config)
     corpora = task.open(config)
-    notes += _check_start(config, resolved, start, corpora)
+    notes += check_start(config, resolved, start, corpora)
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     keep_tokenizer(config, corpora.tokenizer)
@@ -113,17 +103,6 @@ def _check_before_groups(config: Config, resolved: Resolved, task: Task, logs: L
     for note in notes:
         logger.info("%s", note)
     return start
-
-
-def _check_start(config: Config, resolved: Resolved, start: Start | None, corpora: Corpora) -> list[str]:
-    """Refuse a checkpoint that the run cannot start from; return what changes with it."""
-    if start is None:
-        if problem := schedule_problem(config):
-            raise UserError(problem)
-        return []
-    tree, identity = config.to_dict(), corpora.train.identity()
-    notes = check_compatible(start.path, tree, corpora.tokenizer.fingerprint, start.weights_only, identity)
-    return notes if start.weights_only else notes + notes_on_cut(start.path, tree, resolved)
 
 
 def _from_rank_0(start: Start | None) -> Start | None:

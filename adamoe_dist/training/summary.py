@@ -1,7 +1,9 @@
 """The last lines of a run."""
 
 import logging
+import shlex
 import signal
+from pathlib import Path
 
 from adamoe_dist.training.callback import Callback
 from adamoe_dist.training.loop import Trainer
@@ -26,7 +28,9 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
     """Return the summary, one fact a line."""
     before, after, record = recorder.first_validation, recorder.last_validation, recorder.last_record
     lines = []
-    if after and before:
+    if after and after is before:
+        lines.append(f"validation loss: {after.loss:.4f} before training (nats a token), not measured since")
+    elif after and before:
         lines.append(f"validation loss: {before.loss:.4f} before, {after.loss:.4f} after (nats a token)")
         lines.append(f"bits per byte: {before.bits_per_byte:.4f} before, {after.bits_per_byte:.4f} after")
     elif after:
@@ -44,10 +48,22 @@ def summary_lines(trainer: Trainer, recorder: Recorder) -> list[str]:
             f"rows sent to other ranks in the last step: {record['dispatch_rows']}, un-deduplicated "
             f"{record['dispatch_rows_undeduplicated']}"
         )
+    if trainer.seconds["save_write"]:
+        lines.append(
+            f"saves since the last record: training stood still for {trainer.seconds['save_stall']:.1f} s, "
+            f"writing took {trainer.seconds['save_write']:.1f} s"
+        )
     if trainer.stop_signal is not None:
         cause = "checkpoint.time_limit_minutes" if trainer.stop_signal == signal.SIGALRM else trainer.stop_signal.name
         lines.append(f"stopped by {cause} after step {trainer.step}; checkpoint.resume=auto goes on")
     lines.append(f"run directory: {trainer.config.run_dir}")
     if trainer.config.monitor.tensorboard:
-        lines.append(f"look at it with: python -m tensorboard.main --logdir {trainer.config.run_dir.parent}")
+        shown = shlex.quote(str(_with_other_runs(trainer.config.run_dir)))
+        lines.append(f"look at it with: python -m tensorboard.main --logdir {shown}")
     return lines
+
+
+def _with_other_runs(run_dir: Path) -> Path:
+    """Return the parent where there are other runs beside this one, or else its own directory."""
+    others = (path.parent for path in run_dir.parent.glob("*/tensorboard"))
+    return run_dir.parent if any(other != run_dir for other in others) else run_dir

@@ -16,7 +16,7 @@ from adamoe_dist.config import (
     schedule_problem,
 )
 from adamoe_dist.errors import UserError
-from adamoe_dist.training.corpora import Corpora, open_corpora, prepare_missing
+from adamoe_dist.training.corpora import Corpora, is_to_be_prepared, open_corpora, prepare_missing
 from adamoe_dist.training.example_corpora import keep_example_corpora, open_example_corpora
 from adamoe_dist.training.starting_point import starting_checkpoint, with_model_of
 
@@ -47,6 +47,13 @@ class Task(Protocol):
             UserError: it cannot be opened, or keys contradict it.
         """
 
+    def look(self, config: Config) -> Corpora | None:
+        """Do what :meth:`open` does without preparing anything; None where the data is still to be prepared.
+
+        Raises:
+            UserError: it cannot be opened or prepared, or keys contradict it.
+        """
+
     def complete(self, config: Config) -> None:
         """Set the keys that follow from the data without preparing anything; for a run that is not started."""
 
@@ -68,6 +75,10 @@ class PreTraining:
     def open(self, config: Config) -> Corpora:
         """See :class:`Task`."""
         return open_corpora(config)
+
+    def look(self, config: Config) -> Corpora | None:
+        """See :class:`Task`."""
+        return None if is_to_be_prepared(config) else open_corpora(config)
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""
@@ -102,6 +113,10 @@ class FineTuning:
         corpora = open_example_corpora(config)
         self._set_steps(config, sum(len(dataset) for dataset in corpora.train.datasets))
         return corpora
+
+    def look(self, config: Config) -> Corpora | None:
+        """See :class:`Task`."""
+        return self.open(config)
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""

@@ -1,16 +1,22 @@
 """Where metrics go, on rank 0: JSON lines, and by tags to TensorBoard, CSV files and Weights & Biases."""
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from adamoe_dist.config import Config
+from adamoe_dist.files import RecordFile, replacing
 from adamoe_dist.monitoring import CsvWriter, RoutingCounts, TensorBoardWriter, WandbWriter
 from adamoe_dist.training.metrics import Record, RoutingRecord
+
+logger = logging.getLogger(__name__)
 
 TAGS = {
     "lm_loss": "loss/lm",
@@ -44,6 +50,9 @@ TAGS = {
     "save_write_s": "checkpoint/write_s",
     "saves_failed": "checkpoint/failed",
     "true_experts_per_token": "routing/true_experts_per_token",
+    "true_experts_per_token_min": "routing/true_experts_per_token_min",
+    "true_experts_per_token_max": "routing/true_experts_per_token_max",
+    "expert_max_over_mean": "routing/expert_max_over_mean",
     "null_share": "routing/null_share",
     "all_null_share": "routing/all_null_share",
     "score_entropy": "routing/score_entropy",
@@ -78,7 +87,7 @@ SCALES = {"model_flops_per_second": 1e-12}
 
 
 class JsonlWriter:
-    """One JSON object a line, flushed."""
+    """One JSON object a line, each written at once and whole; see :class:`~adamoe_dist.files.RecordFile`."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Open ``path`` to add to.
@@ -86,29 +95,30 @@ class JsonlWriter:
         Lines of steps after ``first_step`` (of a run that stopped later) are dropped, and all where it is 0: such a run
         begins anew, with its first validation.
         """
-        kept = []
-        if path.exists() and first_step:
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        self._file = RecordFile(path, partial(_keep_lines, path, first_step))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add one record; numbers that are NaN or infinite, for which JSON has no words, become null."""
         plain = {name: None if _is_not_finite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.add((json.dumps(plain, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
+def _keep_lines(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    with replacing(path) as unfinished, path.open("rb") as old, unfinished.open("wb") as new:
+        new.writelines(line.rstrip() + b"\n" for line in old if last_step and _step_of(line) <= last_step)
+
+
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Return a line's step; a line cut off by a crash counts as later than any."""
     try:
         return float(json.loads(line)["step"])
@@ -150,6 +160,9 @@ def counts_record(step: int, counts: RoutingCounts) -> dict[str, Any]:
 class ScalarWriter(Protocol):
     """What every writer of tagged scalars can."""
 
+    what: str
+    """What it writes, in words."""
+
     def write_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add the scalars of a step."""
 
@@ -158,17 +171,26 @@ class ScalarWriter(Protocol):
 
 
 class Board:
-    """The writers of tagged scalars that a run asks for, and of counts. Pictures and texts are TensorBoard's alone."""
+    """The writers of tagged scalars that a run asks for, and of counts. Pictures and texts are TensorBoard's alone.
+
+    The training needs none of them: one that cannot write is left out with a warning.
+    """
 
     def __init__(self, config: Config, first_step: int) -> None:
-        """Open the writers of a run that goes on after ``first_step``."""
+        """Open the writers of a run that goes on after ``first_step``.
+
+        Raises:
+            UserError: Weights & Biases refuses the run.
+        """
         monitor, run_dir = config.monitor, config.run_dir
         self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", first_step) if monitor.tensorboard else None
         self._writers: list[ScalarWriter] = [self._tensorboard] if self._tensorboard else []
         if monitor.csv:
-            self._writers.append(CsvWriter(run_dir, first_step))
+            with _warned_of(CsvWriter.what):
+                self._writers.append(CsvWriter(run_dir, first_step))
         if monitor.wandb.project is not None:
-            self._writers.append(WandbWriter(config))
+            with _warned_of(WandbWriter.what):
+                self._writers.append(WandbWriter(config))
         if self._tensorboard:
             self._tensorboard.write_start(config)
         self._counts = JsonlWriter(run_dir / "routing.jsonl", first_step)
@@ -178,8 +200,12 @@ class Board:
     def write(self, record: Record, layers: Mapping[int, RoutingRecord], is_last: bool = False) -> None:
         """Add one record and that of each MoE layer; counts and pictures where they are due or none follow."""
         step, scalars = int(record["step"]), scalars_of(record, layers)
+        working = []
         for writer in self._writers:
-            writer.write_scalars(scalars, step)
+            with _warned_of(writer.what):
+                writer.write_scalars(scalars, step)
+                working.append(writer)
+        self._writers = working
         if layers and (is_last or self._is_picture_due(step)):
             counts = routing_counts(layers)
             self._counts.write(counts_record(step, counts))
@@ -201,7 +227,8 @@ class Board:
         """Close the writers."""
         self._counts.close()
         for writer in self._writers:
-            writer.close()
+            with _warned_of(writer.what):
+                writer.close()
 
     def _is_picture_due(self, step: int) -> bool:
         """Tell whether a multiple of the interval has passed since the last picture; the first is always due."""
@@ -209,3 +236,12 @@ class Board:
         if interval is None:
             return False
         return self._last_picture is None or step // interval > self._last_picture // interval
+
+
+@contextlib.contextmanager
+def _warned_of(what: str) -> Iterator[None]:
+    """Turn an error of the system into a warning."""
+    try:
+        yield
+    except OSError as problem:
+        logger.warning("warning: %s: nothing more is written (%s); the training goes on", what, problem)

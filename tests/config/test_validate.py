@@ -41,6 +41,12 @@ def test_experts_are_cut_for_the_all_to_all_only(dispatcher: dict, chosen: str, 
     assert "cuts experts" not in refusal(tree(moe={"top_k": 17}, parallel={"expert_tensor": 2}), 2)
 
 
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../elsewhere", "/tmp/x"])
+def test_the_name_of_a_run_is_that_of_a_directory(name: str) -> None:
+    assert f"run.name={name!r} is to be the name of a directory" in refusal(tree(run={"name": name}))
+    resolve(tree(run={"name": "a-1.5 b"}), 1)
+
+
 def test_arithmetic_of_a_good_tree() -> None:
     config = tree(train={"global_batch_size": 48, "micro_batch_size": 3}, parallel={"expert": 4})
     resolved = resolve(config, 8)

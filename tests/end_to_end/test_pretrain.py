@@ -33,6 +33,9 @@ METRICS = [
     "step_time_s",
     "tokens_per_second",
     "true_experts_per_token",
+    "true_experts_per_token_min",
+    "true_experts_per_token_max",
+    "expert_max_over_mean",
     "null_share",
     "all_null_share",
     "score_entropy",
@@ -100,6 +103,14 @@ def test_tensorboard_holds_the_same_numbers(unbroken) -> None:
     for record in metrics_of(run_dir)[1:]:
         assert written[record["step"]] == pytest.approx(record["lm_loss"], rel=1e-6)
     assert "layers/null_share/01" in events.Tags()["scalars"]
+    for name, reduced, over_layers in (
+        ("true_experts_per_token", "true_experts_per_token_min", min),
+        ("true_experts_per_token", "true_experts_per_token_max", max),
+        ("expert_max_over_mean", "expert_max_over_mean", max),
+    ):
+        layers = [[event.value for event in events.Scalars(f"layers/{name}/{layer:02d}")] for layer in range(2)]
+        of_model = [record[reduced] for record in metrics_of(run_dir) if "lm_loss" in record]
+        assert of_model == pytest.approx([over_layers(values) for values in zip(*layers, strict=True)], rel=1e-6)
     assert "sample/text_summary" in events.Tags()["tensors"]
 
 

@@ -70,6 +70,39 @@ def test_refused_before_anything_is_built(refused, arguments: list[str], world_s
     assert expected in refused(*arguments, world_size=world_size)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data.train=[{path: nothing_train}]"], "nothing_train"),
+        (["data.validation=[{path: nothing_validation}]"], "nothing_validation"),
+        (["data.tokenizer=nowhere"], "nowhere"),
+        (["checkpoint.resume=nowhere"], "nowhere"),
+        (["checkpoint.load_weights=nowhere"], "nowhere"),
+        (["optimizer.implementation=apex"], "optimizer.implementation=apex"),
+        (["run.dir=small.yaml"], "run.dir=small.yaml is a file"),
+        (["checkpoint.resume=auto", "schedule.total_steps=1"], "schedule.total_steps=1 is less than train.steps=40"),
+        (
+            [
+                "data.prepare.input=[no/such/text]",
+                "data.train=[{path: fresh_train}]",
+                "data.validation=[]",
+                "data.tokenizer=fresh_tokenizer",
+            ],
+            "no/such/text",
+        ),
+        pytest.param(
+            ["monitor.wandb.project=mine"],
+            "monitor.wandb.project=mine needs the package wandb",
+            marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(refused, workspace, arguments: list[str], expected: str) -> None:
+    before = sorted(workspace.rglob("*"))
+    assert expected in refused(*arguments, "--dry-run")
+    assert sorted(workspace.rglob("*")) == before, "it writes nothing"
+
+
 def test_tokenizer_that_did_not_prepare_the_data(workspace, refused) -> None:
     train_another = [
         "tools/train_tokenizer.py",
@@ -101,6 +134,9 @@ def test_run_directory_with_checkpoints_and_checkpoint_of_another_model(workspac
     done = run_command(one_process(*source), workspace)
     assert done.returncode == 0, done.stderr
     assert "run.dir=runs/first already has checkpoints" in refused("run.dir=runs/first")
+    assert "run.dir=runs/first already has checkpoints" in refused("run.dir=runs/first", "--dry-run")
+    dry_seed = refused("run.dir=runs/first", "checkpoint.resume=auto", "run.seed=5", "--dry-run")
+    assert "run.seed" in dry_seed
     other = refused("run.dir=runs/first", "checkpoint.resume=auto", "moe.num_experts=4", "model.hidden_size=64")
     assert "moe.num_experts" in other and "model.hidden_size" in other
     assert "run.seed" in refused("run.dir=runs/first", "checkpoint.resume=auto", "run.seed=5")

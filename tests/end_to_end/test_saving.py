@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -39,7 +40,10 @@ def test_the_stall_is_in_the_metrics_and_the_log(
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     stalls = {record["step"]: record["save_stall_s"] for record in records if "save_stall_s" in record}
     assert {3, 5} <= set(stalls) <= {3, 4, 5, 6} and all(stall > 0 for stall in stalls.values())
-    assert (run_dir / "log.txt").read_text().count("saved ") == 3
+    log = (run_dir / "log.txt").read_text()
+    assert log.count("saved ") == 3
+    last = re.search(r"saves since the last record: training stood still for ([\d.]+) s, writing took ([\d.]+) s", log)
+    assert last is not None and float(last[1]) > 0 and float(last[2]) > 0
 
 
 def test_a_full_disk_stops_the_run_or_not_and_never_costs_the_last_checkpoint(
@@ -93,7 +97,10 @@ def test_sigusr1_to_one_rank_saves_and_stops_all(nursery: Nursery, workspace: Pa
         time.sleep(0.05)
     os.kill(pids[1], signal.SIGUSR1)
     assert nursery.codes() == [143, 143], text_of(folder)
-    assert "stopped by SIGUSR1 after step" in text_of(folder)
+    log = (run_dir / "log.txt").read_text()
+    assert "stopped by SIGUSR1 after step" in log and "saves since the last record: " in log
+    validated = [int(step) for step in re.findall(r"validation after step (\d+):", log)]
+    assert validated[0] == 0 and all(step % 20 == 0 for step in validated), "the rest of the time is the save's"
     assert find_checkpoint("auto", run_dir / "checkpoints") is not None
 
 
@@ -103,4 +110,5 @@ def test_a_time_limit_saves_and_stops(nursery: Nursery, workspace: Path, tmp_pat
     nursery.start(folder, *ENDLESS, "checkpoint.time_limit_minutes=0.01", f"run.dir={run_dir}")
     assert nursery.codes() == [143, 143], text_of(folder)
     assert "stopped by checkpoint.time_limit_minutes after step 1;" in text_of(folder)
-    assert saved(run_dir) == names(1)
+    assert saved(run_dir) == names(1) and "validation after step 1" not in text_of(folder)
+    assert "before training (nats a token), not measured since" in text_of(folder)

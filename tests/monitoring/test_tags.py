@@ -49,6 +49,11 @@ def test_each_chart_names_tags_that_there_are() -> None:
     assert set(METRICS) <= all_scalars()
 
 
+def test_the_first_page_has_no_line_for_each_layer() -> None:
+    of_layers = [tag for tag in all_scalars() if tag.endswith("/NN")]
+    assert of_layers and not [tag for tag in of_layers if any(pattern.fullmatch(tag) for pattern in PATTERNS)]
+
+
 def test_hyperparameters_have_the_declared_types_and_say_nothing_of_null() -> None:
     types = hyperparameter_types()
     config = config_from_dict({"moe": {"router": {"target_load": 1.5}}, "parallel": {"expert": 2}})

@@ -8,6 +8,7 @@ import torch
 
 from adamoe_dist.config import config_from_dict, resolve
 from adamoe_dist.planning import count_parameters, describe_run, expected_load, flops_per_token, rank_memory
+from adamoe_dist.planning.arithmetic import size_words
 from tests.distributed.cases import BASE, merged
 
 VOCAB = 128
@@ -143,3 +144,18 @@ def test_a_target_load_is_what_is_planned_with() -> None:
     lines = "\n".join(describe_run(config, resolve(config, 1), VOCAB, "fp32"))
     assert "1.25 true experts a token held (moe.router.target_load)" in lines
     assert f"{count_parameters(config, VOCAB).active(1.25):,} active a token at that load" in lines
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 bytes"),
+        (900, "900 bytes"),
+        (1536, "1.5 KiB"),
+        (3.21 * 2**20, "3.21 MiB"),
+        (1020 * 2**30, "1020 GiB"),
+        (2**41, "2 TiB"),
+    ],
+)
+def test_sizes_in_words(size: float, words: str) -> None:
+    assert size_words(size) == words

@@ -15,6 +15,7 @@ from adamoe_dist.training import heartbeat
 from adamoe_dist.training.callback import StepResult, TokenCounts
 from adamoe_dist.training.heartbeat import Heartbeat
 from adamoe_dist.training.spikes import FEWEST_LOSSES, SpikeDetector
+from tests.disk import small_files
 
 
 def noise(steps: int, seed: int = 1) -> list[float]:
@@ -115,3 +116,12 @@ def test_heartbeat_of_a_run_that_finished(tmp_path) -> None:
     progress.end(0)
     content = json.loads((tmp_path / "heartbeat.json").read_text())
     assert (content["phase"], content["exit_code"]) == ("finished", 0)
+
+
+def test_heartbeat_on_a_full_disk_is_a_warning_and_leaves_nothing(tmp_path, caplog) -> None:
+    progress = Progress()
+    with small_files(4):
+        Heartbeat(tmp_path / "heartbeat.json", progress, 1)
+    assert "heartbeat.json is not written" in caplog.text and not list(tmp_path.iterdir())
+    progress.end(0)
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["exit_code"] == 0

@@ -134,6 +134,7 @@ def test_every_metric_of_the_interface_has_a_tensorboard_tag() -> None:
 
     promised = (
         "lm_loss balance_loss z_loss grad_norm learning_rate step_time_s tokens_per_second true_experts_per_token "
+        "true_experts_per_token_min true_experts_per_token_max expert_max_over_mean "
         "null_share all_null_share dropped_share dispatch_rows dispatch_bytes dispatch_rows_undeduplicated "
         "dispatch_bytes_same_node dispatch_bytes_other_node score_entropy "
         "dispatch_rows_same_rank dispatch_rows_same_node dispatch_rows_other_node "
