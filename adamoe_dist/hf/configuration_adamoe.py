@@ -3,7 +3,7 @@
 This file is saved beside exported weights, so it imports nothing but transformers.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -55,7 +55,7 @@ class AdaMoEConfig(PreTrainedConfig):
     """
 
     model_type = "adamoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta = 10000.0
 
     vocab_size: int = 4096
