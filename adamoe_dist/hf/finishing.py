@@ -39,6 +39,7 @@ def finish_export(plan: "ExportPlan", directory: Path, title: str, license_id: s
             (directory / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         except UserError as problem:
             notes.append(f"no {GENERATION} is in it: {problem}")
+    _suppress_padding(directory / GENERATION, json.loads(plan.config_json))
     if (directory / CARD).exists() and not (directory / ORIGINAL_CARD).exists():
         (directory / CARD).rename(directory / ORIGINAL_CARD)
     (directory / CARD).write_text(model_card(card_facts(plan, directory, title, license_id)), encoding="utf-8")
@@ -60,6 +61,25 @@ def generation_settings(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     if rows > tokenizer.vocab_size:
         values["suppress_tokens"] = list(range(tokenizer.vocab_size, rows))
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _suppress_padding(file: Path, model: dict[str, Any]) -> None:
+    """Have ``generate`` leave out the rows that only fill the embedding up; every other setting stays as it is.
+
+    Args:
+        file: ``generation_config.json``; where there is none, one with the ids of ``config.json`` is made.
+        model: the content of ``config.json``; families without a padded embedding have no ``tokenizer_vocab_size``.
+    """
+    padding = set(range(model.get("tokenizer_vocab_size") or model["vocab_size"], model["vocab_size"]))
+    if file.exists():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: model[name] for name in ids if model.get(name) is not None}
+    known = set(settings.get("suppress_tokens") or [])
+    if not padding <= known:
+        settings["suppress_tokens"] = sorted(known | padding)
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def card_facts(plan: "ExportPlan", directory: Path, title: str, license_id: str | None = None) -> CardFacts:
