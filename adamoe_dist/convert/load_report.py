@@ -3,8 +3,9 @@
 Axes: T tokens, E true experts.
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 from adamoe_dist.checkpoint import read_config
 from adamoe_dist.config import config_from_dict
 from adamoe_dist.convert.megatron_model import megatron_model
+from adamoe_dist.convert.safetensors_files import read_json
 from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
 LONGEST = 1024
 MOST_TOKENS = 65536
+REPORT = "load_report.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,24 @@ def measure_load(checkpoint: Path, vocab_size: int, tokenizer: Path, texts: list
         load = true_slots / tokens
         loads.append(LayerLoad(layer, load, 1.0 - load / config.moe.top_k, all_null / tokens))
     return sum(window.numel() for window in windows), loads
+
+
+def keep_load_report(checkpoint: Path, texts: list[str], tokens: int, loads: list[LayerLoad]) -> None:
+    """Write beside a checkpoint what :func:`measure_load` returned, with the texts' names; model cards take it up."""
+    report = {
+        "checkpoint": checkpoint.name,
+        "texts": [Path(text).name for text in texts],
+        "tokens": tokens,
+        "layers": [asdict(load) for load in loads],
+    }
+    (checkpoint.parent / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def read_load_report(checkpoint: Path) -> dict[str, Any] | None:
+    """Return what was kept of the load of a checkpoint's model on texts; None: nothing was."""
+    file = checkpoint.absolute().parent / REPORT
+    report = read_json(file) if file.is_file() else {}
+    return report if report.get("checkpoint") == checkpoint.name else None
 
 
 def read_text(file: Path) -> str:

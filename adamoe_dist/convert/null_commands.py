@@ -6,7 +6,7 @@ from typing import Any
 
 from adamoe_dist.console import progress, say
 from adamoe_dist.convert.importing import RUN_CONFIG, ImportPlan
-from adamoe_dist.convert.load_report import measure_load, read_text
+from adamoe_dist.convert.load_report import keep_load_report, measure_load, read_text
 from adamoe_dist.convert.null_choices import NullChoice
 from adamoe_dist.convert.origin import FILES
 from adamoe_dist.convert.outputs import check_output
@@ -94,6 +94,7 @@ def report_load(path: Path, plan: ImportPlan, texts: list[Path]) -> None:
     if not texts:
         return
     tokens, loads = measure_load(path, plan.source.architecture.vocab_size, path.parent / FILES, texts)
+    keep_load_report(path, [str(text) for text in texts], tokens, loads)
     say(f"load on {tokens} tokens of {', '.join(str(text) for text in texts)}, before training:")
     say("  layer  true experts a token  null share  all-null share")
     rows = [(str(one.layer), one.true_experts_per_token, one.null_share, one.all_null_share) for one in loads]
