@@ -15,7 +15,7 @@ from adamoe_dist.config import Config, config_from_dict, model_problems
 from adamoe_dist.convert.importing import ImportPlan
 from adamoe_dist.convert.mapping import layer_prefix
 from adamoe_dist.errors import UserError
-from adamoe_dist.routing import NullInit
+from adamoe_dist.routing import NullInit, same_weights
 
 SHUTTING_BIAS = 1.0
 """On every true expert, it lets none of the null ones be selected: scores are between 0 and 1."""
@@ -123,8 +123,7 @@ def _changed_tree(config: Config, choice: NullChoice) -> dict[str, Any]:
     router["target_load"] = choice.target_load
     if choice.preserves_output:
         router["bias_rate"] = GENTLE_BIAS_RATE
-    if router["normalize"] == "none" and router["score_function"] == "softmax":
-        router["normalize"] = "all_true"
+    router["normalize"] = same_weights(router["normalize"], router["score_function"], choice.num_null)
     return tree
 
 

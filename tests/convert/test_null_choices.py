@@ -54,6 +54,23 @@ def test_the_rows_are_those_that_a_checkpoint_gets_later(models: Path, tmp_path:
         assert torch.equal(at_import[name], value), name
 
 
+def test_plain_scores_keep_their_weights_at_import_and_later(models: Path, tmp_path: Path) -> None:
+    """With slots for all of the 4 true and 2 null experts, the weights decide alone."""
+    plain = imported(models / "olmoe", tmp_path / "plain")
+    nulls = ("--num-null-experts", "2", "--top-k", "6")
+    added = imported(models / "olmoe", tmp_path / "import", *nulls)
+    printed = run("set-null-experts", "--from", str(plain), "--to", str(tmp_path / "later"), *nulls)
+    assert "weights: all_true" in printed and "moe.router.normalize=all_true" in printed
+    later, none = tmp_path / "later" / "iter_0000000", ("--num-null-experts", "0", "--top-k", "4")
+    paths = [added, later]
+    for name, source in (("all", plain), ("back", later)):
+        run("set-null-experts", "--from", str(source), "--to", str(tmp_path / name), *none)
+        paths.append(tmp_path / name / "iter_0000000")
+    logits = [checkpoint_logits(path, tokens_of()) for path in paths]
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("null_init", ["copy", "random"])
 @pytest.mark.parametrize("family", MOE)
 def test_a_preserved_output_is_transformers_own(models: Path, tmp_path: Path, family: str, null_init: str) -> None:
