@@ -63,7 +63,8 @@ def with_null_experts(plan: ImportPlan, choice: NullChoice) -> ImportPlan:
     config = config_from_dict(tree)
     problems = model_problems(config)
     if problems:
-        raise UserError(f"--num-null-experts {choice.num_null}: {'; '.join(problems)}")
+        slots = "" if choice.top_k is None else f" --top-k {choice.top_k}"
+        raise UserError(f"--num-null-experts {choice.num_null}{slots}: {'; '.join(problems)}")
     additions = dict(plan.additions)
     for layer in config.moe_layers:
         router = f"{layer_prefix(layer)}mlp.router"

@@ -56,7 +56,10 @@ def null_choice(options: argparse.Namespace, top_k: int | None) -> NullChoice:
         UserError: an option says something of null experts and there are none.
     """
     if options.num_null_experts == 0 and options.null_init is not None:
-        raise UserError(f"--null-init {options.null_init} needs null experts; give their number, --num-null-experts M")
+        raise UserError(
+            f"--null-init {options.null_init} needs null experts; give their number, --num-null-experts M, or leave it "
+            "out"
+        )
     return NullChoice(
         num_null=options.num_null_experts,
         top_k=top_k,

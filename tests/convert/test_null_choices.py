@@ -151,9 +151,9 @@ def test_contradictions_are_refused_before_anything_is_written(models: Path, tmp
         "--preserve-output says something of null experts": (*here, "--preserve-output"),
         "--target-load says": (*here, "--target-load", "2"),
         "--top-k says": (*here, "--top-k", "4"),
-        "--null-init copy needs null experts": (*here, "--null-init", "copy"),
+        "--num-null-experts M, or leave it out": (*here, "--null-init", "copy"),
         "--num-null-experts -1 must not be negative": (*here, "--num-null-experts", "-1"),
-        "moe.top_k=9 is more than the 8 experts": (*four, "--top-k", "9"),
+        "--num-null-experts 4 --top-k 9: moe.top_k=9 is more than the 8 experts": (*four, "--top-k", "9"),
         f"--text {tmp_path / 'no'} cannot be read": (*four, "--top-k", "4", "--text", str(tmp_path / "no")),
     }
     for expected, arguments in cases.items():
