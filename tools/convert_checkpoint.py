@@ -167,7 +167,7 @@ def _set_null_experts(options: argparse.Namespace) -> None:
     rows = "kept" if change.num_null and change.null_init is None else change.null_init or "none"
     say(
         f"{path}: null experts {before['num_null_experts']} -> {options.num_null_experts}, top-k {before['top_k']} -> "
-        f"{options.top_k}, null rows: {rows}"
+        f"{options.top_k}, null rows: {rows}, weights: {change.tree['moe']['router']['normalize']}"
     )
     changed = [f"{key}={value}" for key, value in changed_keys(source, change).items()]
     if not holds_weights_only(source):

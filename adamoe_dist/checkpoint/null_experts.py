@@ -52,7 +52,7 @@ from adamoe_dist.checkpoint.tensors import moment_key, weight_key, write_block
 from adamoe_dist.checkpoint.zero import ADAM_MOMENTS
 from adamoe_dist.config import Config, config_from_dict, model_problems, resolve
 from adamoe_dist.errors import UserError
-from adamoe_dist.routing import NullInit, initial_null_rows
+from adamoe_dist.routing import NullInit, initial_null_rows, same_weights
 
 NEW_TENSORS = "__null_experts.distcp"
 _ROUTER = re.compile(r"model\.(decoder\.layers\.(\d+)\.mlp\.router)\.weight")
@@ -128,6 +128,8 @@ def _whole_tree(source: Path) -> dict[str, Any]:
 def _changed_tree(tree: dict[str, Any], num_null: int, top_k: int, null_init: NullInit | None) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
     moe, router = tree["moe"], tree["moe"]["router"]
+    if (num_null == 0) != (moe["num_null_experts"] == 0):
+        router["normalize"] = same_weights(router["normalize"], router["score_function"], num_null)
     moe["num_null_experts"], moe["top_k"] = num_null, top_k
     if num_null == 0:
         router["null_init"] = Config().moe.router.null_init

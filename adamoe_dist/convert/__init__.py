@@ -7,7 +7,7 @@ from adamoe_dist.convert.family import Architecture, Family, meaning
 from adamoe_dist.convert.hf_config import HFConfig
 from adamoe_dist.convert.hf_directory import HFDirectory, is_hf_directory
 from adamoe_dist.convert.importing import ImportPlan, import_model, plan_import, write_checkpoint, write_weights
-from adamoe_dist.convert.load_report import LayerLoad, measure_load
+from adamoe_dist.convert.load_report import LayerLoad, measure_load, read_load_report
 from adamoe_dist.convert.mapping import (
     Names,
     Place,
@@ -23,12 +23,14 @@ from adamoe_dist.convert.mapping import (
 from adamoe_dist.convert.megatron_model import megatron_model
 from adamoe_dist.convert.null_choices import NullChoice, with_null_experts
 from adamoe_dist.convert.origin import FILES, Origin, imported_family, origin_of, origin_of_run
+from adamoe_dist.convert.tokenizer_files import TERMS
 from adamoe_dist.convert.upcycling import UpcyclePlan, Upcycling, plan_upcycling, upcycle
 from adamoe_dist.convert.verifying import Comparing
 
 __all__ = [
     "FAMILIES",
     "FILES",
+    "TERMS",
     "VANILLA",
     "Architecture",
     "Comparing",
@@ -63,6 +65,7 @@ __all__ = [
     "plan_export",
     "plan_import",
     "plan_upcycling",
+    "read_load_report",
     "read_weight",
     "stacked",
     "standard_weights",

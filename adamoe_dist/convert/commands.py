@@ -103,14 +103,17 @@ def add_export(commands: Any) -> None:
         "--vocab-size", type=int, metavar="V", help="rows of the embedding without padding, where nothing else says it"
     )
     parser.add_argument("--license", metavar="ID", help="licence that the model card names, as apache-2.0")
+    parser.add_argument(
+        "--base-model", metavar="ID", help="name on the hub of the imported model, for the model card, as owner/name"
+    )
 
 
 def run_export(options: argparse.Namespace) -> None:
     """Do ``export``."""
     from adamoe_dist.hf import finish_export, write_tokenizer
 
-    if options.license is not None and not options.license.strip():
-        raise UserError(f"--license {options.license!r} names no licence; give its id, as apache-2.0, or leave it out")
+    _check_one_line("--license", options.license)
+    _check_one_line("--base-model", options.base_model)
     most = None if options.max_shard_size is None else size_in_bytes(options.max_shard_size)
     plan = plan_export(options.source, options.dtype, most, options.family, options.vocab_size)
     target = Path(options.to)
@@ -121,12 +124,17 @@ def run_export(options: argparse.Namespace) -> None:
             target,
             write_tokenizer,
             bar.update,
-            lambda plan, directory: finish_export(plan, directory, target.name, options.license),
+            lambda plan, directory: finish_export(plan, directory, target.name, options.license, options.base_model),
         )
     for note in notes:
         say(f"note: {note}")
     family, files = plan.family, len(plan.shards)
     say(f"{target}: {family.architecture} ({family.model_type}), {plan.bytes} bytes of weights in {files} files")
+
+
+def _check_one_line(option: str, value: str | None) -> None:
+    if value is not None and not (value.strip() and value.isprintable()):
+        raise UserError(f"{option} {value!r} is to stand in one line of the model card; give a plain identifier")
 
 
 def size_in_bytes(text: str) -> int:

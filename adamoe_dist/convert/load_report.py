@@ -3,7 +3,8 @@
 Axes: T tokens, E true experts.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from adamoe_dist.checkpoint import read_config
 from adamoe_dist.config import config_from_dict
 from adamoe_dist.convert.megatron_model import megatron_model
+from adamoe_dist.convert.safetensors_files import read_json
 from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
 
 LONGEST = 1024
 MOST_TOKENS = 65536
+REPORT = "load_report.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,24 @@ def cut_texts(tokenizer: Path, files: list[Path]) -> list[list[int]]:
         texts.append(ids[:left])
         left -= len(texts[-1])
     return texts
+
+
+def keep_load_report(checkpoint: Path, texts: list[str], tokens: int, loads: list[LayerLoad]) -> None:
+    """Write beside a checkpoint what :func:`measure_load` returned, with the texts' names; model cards take it up."""
+    report = {
+        "checkpoint": checkpoint.name,
+        "texts": [Path(text).name for text in texts],
+        "tokens": tokens,
+        "layers": [asdict(load) for load in loads],
+    }
+    (checkpoint.parent / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def read_load_report(checkpoint: Path) -> dict[str, Any] | None:
+    """Return what was kept of the load of a checkpoint's model on texts; None: nothing was."""
+    file = checkpoint.absolute().parent / REPORT
+    report = read_json(file) if file.is_file() else {}
+    return report if report.get("checkpoint") == checkpoint.name else None
 
 
 def read_text(file: Path) -> str:

@@ -15,7 +15,7 @@ from adamoe_dist.config import Config, config_from_dict, model_problems
 from adamoe_dist.convert.importing import ImportPlan
 from adamoe_dist.convert.mapping import layer_prefix
 from adamoe_dist.errors import UserError
-from adamoe_dist.routing import NullInit
+from adamoe_dist.routing import NullInit, same_weights
 
 SHUTTING_BIAS = 1.0
 """On every true expert, it lets none of the null ones be selected: scores are between 0 and 1."""
@@ -63,7 +63,8 @@ def with_null_experts(plan: ImportPlan, choice: NullChoice) -> ImportPlan:
     config = config_from_dict(tree)
     problems = model_problems(config)
     if problems:
-        raise UserError(f"--num-null-experts {choice.num_null}: {'; '.join(problems)}")
+        slots = "" if choice.top_k is None else f" --top-k {choice.top_k}"
+        raise UserError(f"--num-null-experts {choice.num_null}{slots}: {'; '.join(problems)}")
     additions = dict(plan.additions)
     for layer in config.moe_layers:
         router = f"{layer_prefix(layer)}mlp.router"
@@ -130,8 +131,7 @@ def _changed_tree(config: Config, choice: NullChoice) -> dict[str, Any]:
     router["target_load"] = choice.target_load
     if choice.preserves_output:
         router["bias_rate"] = GENTLE_BIAS_RATE
-    if router["normalize"] == "none" and router["score_function"] == "softmax":
-        router["normalize"] = "all_true"
+    router["normalize"] = same_weights(router["normalize"], router["score_function"], choice.num_null)
     return tree
 
 

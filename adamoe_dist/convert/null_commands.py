@@ -7,7 +7,7 @@ from typing import Any
 
 from adamoe_dist.console import given_path, progress, say, whole_number
 from adamoe_dist.convert.importing import RUN_CONFIG, ImportPlan
-from adamoe_dist.convert.load_report import cut_texts, measure_load
+from adamoe_dist.convert.load_report import cut_texts, keep_load_report, measure_load
 from adamoe_dist.convert.null_choices import NullChoice
 from adamoe_dist.convert.outputs import check_output
 from adamoe_dist.convert.tokenizer_files import has_tokenizer
@@ -66,7 +66,10 @@ def null_choice(options: argparse.Namespace, top_k: int | None) -> NullChoice:
         UserError: an option says something of null experts and there are none.
     """
     if options.num_null_experts == 0 and options.null_init is not None:
-        raise UserError(f"--null-init {options.null_init} needs null experts; give their number, --num-null-experts M")
+        raise UserError(
+            f"--null-init {options.null_init} needs null experts; give their number, --num-null-experts M, or leave it "
+            "out"
+        )
     return NullChoice(
         num_null=options.num_null_experts,
         top_k=top_k,
@@ -106,8 +109,9 @@ def report_load(path: Path, plan: ImportPlan, names: list[str], texts: list[list
     """Print what the tokens of texts with these names do at each layer of the checkpoint just written."""
     if not texts:
         return
-    loads = measure_load(path, plan.source.architecture.vocab_size, texts)
-    say(f"load on {sum(len(ids) for ids in texts)} tokens of {', '.join(names)}, before training:")
+    loads, tokens = measure_load(path, plan.source.architecture.vocab_size, texts), sum(len(ids) for ids in texts)
+    keep_load_report(path, names, tokens, loads)
+    say(f"load on {tokens} tokens of {', '.join(names)}, before training:")
     say("  layer  true experts a token  null share  all-null share")
     rows = [(str(one.layer), one.true_experts_per_token, one.null_share, one.all_null_share) for one in loads]
     means = tuple(sum(column) / len(rows) for column in list(zip(*rows, strict=True))[1:])

@@ -22,7 +22,9 @@ _OTHERS = frozenset(
         "tokenizer_info.json",
     ]
 )
-_TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""What names of files with terms of use begin with, in capitals."""
+
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -34,7 +36,7 @@ def kept_files(directory: Path) -> list[str]:
 
 def _is_kept(file: Path) -> bool:
     is_named = file.name in TOKENIZER_FILES or file.name in _OTHERS
-    return is_named or file.suffix == ".py" or file.name.upper().startswith(_TERMS)
+    return is_named or file.suffix == ".py" or file.name.upper().startswith(TERMS)
 
 
 def left_behind(directory: Path, weights: Collection[str]) -> list[str]:

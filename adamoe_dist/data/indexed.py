@@ -1,6 +1,5 @@
 """Samples of fixed length from a prepared part; their order is a pure function of seed, data and index."""
 
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +89,8 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the tokens, the documents' lengths and the tokenizer; not of file names."""
-        parts = f"{self.info.content_sha256}:{self.info.tokenizer_fingerprint}:{self.info.eod_id}"
-        return hashlib.sha256(parts.encode()).hexdigest()
+        """See :attr:`PartInfo.fingerprint`."""
+        return self.info.fingerprint
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the order and content of the samples."""

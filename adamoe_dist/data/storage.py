@@ -52,6 +52,12 @@ class PartInfo:
     content_sha256: str
     sources: list[str]
 
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the tokens, the documents' lengths and the tokenizer; not of file names."""
+        parts = f"{self.content_sha256}:{self.tokenizer_fingerprint}:{self.eod_id}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
 
 def part_files(prefix: str | Path) -> tuple[Path, Path, Path]:
     """Return the ``.bin``, ``.idx`` and ``.json`` files of a part."""

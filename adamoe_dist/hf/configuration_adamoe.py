@@ -3,7 +3,7 @@
 This file is saved beside exported weights, so it imports nothing but transformers.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -38,6 +38,8 @@ class AdaMoEConfig(PreTrainedConfig):
         normalize: over what combine weights sum to 1: "true_experts" selected, "all_selected", "all_true" experts,
             selected or not, or "none": the plain scores.
         shared_null_row: whether one router row scores all null experts.
+        null_init: how the rows were drawn that score null experts: "copy" of the true experts', "shared" or "random";
+            None: not recorded. It is of the past: nothing is computed from it.
         num_identity_experts: null experts that return the token.
         num_constant_experts: null experts that return a mixture of the token and a learned vector; the last columns.
         gating_residual: whether each router adds a learned map of the previous router's logits.
@@ -55,7 +57,7 @@ class AdaMoEConfig(PreTrainedConfig):
     """
 
     model_type = "adamoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta = 10000.0
 
     vocab_size: int = 4096
@@ -83,6 +85,7 @@ class AdaMoEConfig(PreTrainedConfig):
     score_function: str = "softmax"
     normalize: str = "true_experts"
     shared_null_row: bool = False
+    null_init: str | None = None
     num_identity_experts: int = 0
     num_constant_experts: int = 0
     gating_residual: bool = False

@@ -17,7 +17,15 @@ from adamoe_dist.routing.losses import (
 )
 from adamoe_dist.routing.null_experts import NullExperts, identity_output, null_output
 from adamoe_dist.routing.router import AdaMoERouter, chain_routers
-from adamoe_dist.routing.selection import Normalize, ScoreFunction, Selection, biased_scores, ranked_top_k, select
+from adamoe_dist.routing.selection import (
+    Normalize,
+    ScoreFunction,
+    Selection,
+    biased_scores,
+    ranked_top_k,
+    same_weights,
+    select,
+)
 from adamoe_dist.routing.statistics import RoutingStatistics, nonfinite_tokens, routing_statistics, score_entropy
 from adamoe_dist.routing.target_load import (
     MARGIN_BINS,
@@ -68,6 +76,7 @@ __all__ = [
     "ranked_top_k",
     "read_vector",
     "routing_statistics",
+    "same_weights",
     "score_entropy",
     "score_unit",
     "select",

@@ -18,6 +18,21 @@ NO_SCORE = 1e-20
 """Added to sums of sigmoid scores before they divide, as Megatron does: an empty sum gives 0, not NaN."""
 
 
+def same_weights(normalize: Normalize, score_function: ScoreFunction, num_null: int) -> Normalize:
+    """Return the rule that leaves true experts their weights where a model gets its first null experts, or none again.
+
+    Plain softmax scores are shares among all columns: null ones would make every weight smaller.
+
+    Args:
+        normalize: the model's rule.
+        score_function: of its router.
+        num_null: m from now on.
+    """
+    if num_null == 0:
+        return "none" if normalize == "all_true" else normalize
+    return "all_true" if normalize == "none" and score_function == "softmax" else normalize
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """The outcome of routing T tokens.

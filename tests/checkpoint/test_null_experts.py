@@ -152,6 +152,26 @@ def test_null_experts_with_an_output(tmp_path: Path) -> None:
         plan_null_experts(source, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("rule", "scores", "more", "none"),
+    [
+        ("none", "softmax", "all_true", "none"),
+        ("none", "sigmoid", "none", "none"),
+        ("true_experts", "softmax", "true_experts", "true_experts"),
+    ],
+)
+def test_weights_stay_what_they_are(tmp_path: Path, rule: str, scores: str, more: str, none: str) -> None:
+    """Where a model of plain scores gets its first null experts, and where they all go."""
+    router = {"normalize": rule, "score_function": scores, "balance": {"type": "switch"}}
+    source = make_checkpoint(tmp_path / "source", moe(router=router))
+    path = changed(source, tmp_path / "more", 4, 3)
+    assert read_config(path)["moe"]["router"]["normalize"] == more
+    keys = changed_keys(source, plan_null_experts(source, 4, 3))
+    assert keys.get("moe.router.normalize", rule) == more
+    assert read_config(changed(path, tmp_path / "back", 0, 2))["moe"]["router"]["normalize"] == none
+    assert changed_keys(path, plan_null_experts(path, 5, 3)).keys() == {"moe.num_null_experts"}
+
+
 def test_megatrons_router_becomes_adamoes(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path, moe(router={"type": "topk", "balance": {"type": "switch"}}))
     assert changed_keys(source, plan_null_experts(source, 4, 3)) == {

@@ -56,6 +56,23 @@ def test_the_rows_are_those_that_a_checkpoint_gets_later(models: Path, tmp_path:
         assert torch.equal(at_import[name], value), name
 
 
+def test_plain_scores_keep_their_weights_at_import_and_later(models: Path, tmp_path: Path) -> None:
+    """With slots for all of the 4 true and 2 null experts, the weights decide alone."""
+    plain = imported(models / "olmoe", tmp_path / "plain")
+    nulls = ("--num-null-experts", "2", "--top-k", "6")
+    added = imported(models / "olmoe", tmp_path / "import", *nulls)
+    printed = run("set-null-experts", "--from", str(plain), "--to", str(tmp_path / "later"), *nulls)
+    assert "weights: all_true" in printed and "moe.router.normalize=all_true" in printed
+    later, none = tmp_path / "later" / "iter_0000000", ("--num-null-experts", "0", "--top-k", "4")
+    paths = [added, later]
+    for name, source in (("all", plain), ("back", later)):
+        run("set-null-experts", "--from", str(source), "--to", str(tmp_path / name), *none)
+        paths.append(tmp_path / name / "iter_0000000")
+    logits = [checkpoint_logits(path, tokens_of()) for path in paths]
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("null_init", ["copy", "random"])
 @pytest.mark.parametrize("family", MOE)
 def test_a_preserved_output_is_transformers_own(models: Path, tmp_path: Path, family: str, null_init: str) -> None:
@@ -150,9 +167,9 @@ def test_contradictions_are_refused_before_anything_is_written(models: Path, tmp
         "--preserve-output says something of null experts": (*here, "--preserve-output"),
         "--target-load says": (*here, "--target-load", "2"),
         "--top-k says": (*here, "--top-k", "4"),
-        "--null-init copy needs null experts": (*here, "--null-init", "copy"),
+        "--num-null-experts M, or leave it out": (*here, "--null-init", "copy"),
         "--num-null-experts -1 must not be negative": (*here, "--num-null-experts", "-1"),
-        "moe.top_k=9 is more than the 8 experts": (*four, "--top-k", "9"),
+        "--num-null-experts 4 --top-k 9: moe.top_k=9 is more than the 8 experts": (*four, "--top-k", "9"),
         f"--text {tmp_path / 'no'} cannot be read": (*four, "--top-k", "4", "--text", str(tmp_path / "no")),
         f"--text {tmp_path / 'empty'} has no tokens": (*here, "--text", str(tmp_path / "empty")),
         f"--num-null-experts 4: {already}": (*adamoe, "--num-null-experts", "4", *TOP_4),

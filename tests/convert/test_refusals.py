@@ -349,7 +349,7 @@ def test_the_commands(
     seen = said("inspect", "--from", "back")
     assert "tensors: 41 (BF16 41)" in seen and "cannot" not in seen
     assert json.loads(said("inspect", "--from", "one", "--json"))["refused"] == []
-    with pytest.raises(UserError, match="--license '' names no licence"):
+    with pytest.raises(UserError, match="--license '' is to stand in one line"):
         tool(["export", "--from", "out", "--to", "other", "--license", ""])
     (tmp_path / "empty").write_text("")
     with pytest.raises(UserError, match="--text empty has no tokens"):

@@ -3,7 +3,9 @@
 import pytest
 import yaml
 
-from adamoe_dist.hf.card import CardFacts, Measured, model_card, read_measured
+from adamoe_dist.hf.card import model_card
+from adamoe_dist.hf.card_facts import CardFacts
+from adamoe_dist.hf.run_facts import Measured, data_sizes, read_measured, run_of
 from tests.model.layers import config_of
 
 
@@ -13,7 +15,7 @@ def facts(**changes):
         "config": config_of({"moe": {"router": {"capacity_factor": 2.0, "target_load": 1.5}}})[0],
         "step": 0,
         "state": {"step": 0, "tokens_seen": 0, "tokenizer_fingerprint": None},
-        "measured": Measured({}, {}, {}),
+        "measured": Measured(),
         "architecture": "AdaMoEForCausalLM",
         "dtype": "bfloat16",
         "parameters": 1234567,
@@ -35,7 +37,7 @@ def test_an_imported_model_without_a_run_says_so():
     }
     for words in (
         "License: not set",
-        "a mixtral model whose name is not recorded",
+        "a model of family mixtral whose name is not recorded",
         "Not measured",
         "No training data is recorded",
         "tokenizer: not recorded",
@@ -72,6 +74,9 @@ def test_what_a_run_measured_ends_at_the_checkpoint(tmp_path):
         lines.write(record)
     lines.close()
     counts.close()
+    for name in ("metrics.jsonl", "routing.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 12, "lm_lo')  # a full disk, or a run that was killed
     measured = read_measured(tmp_path, 15)
     assert (measured.record["step"], measured.validation["step"]) == (10, 10)
     assert measured.routing["tokens_by_true_experts"] == [[1, 4, 15]] * 3
@@ -81,7 +86,7 @@ def test_what_a_run_measured_ends_at_the_checkpoint(tmp_path):
     top_k = facts().config.moe.top_k
     row = f"| 1.700 | {1 - 1.7 / top_k:.3f} | 0.050 | 26.5 8.8 58.8 5.9 |"
     assert all(f"| {layer} {row}" in card for layer in (0, 2, 3)) and "in step 10," in card and "learning rate" in card
-    assert read_measured(tmp_path / "elsewhere", 15) == Measured({}, {}, {})
+    assert read_measured(tmp_path / "elsewhere", 15) == Measured() == read_measured(None, 15)
 
 
 @pytest.mark.parametrize("idle", [0, 32])
@@ -99,3 +104,64 @@ def test_a_layer_that_nothing_reached_and_a_run_without_counts_have_words():
     card = model_card(facts(measured=Measured({"step": 5}, {}, empty)))
     assert "| 1 | 0.000 | 1.000 | 1.000 | 0.0 0.0 |" in card
     assert "by layer: not measured" in model_card(facts(measured=Measured({"step": 5}, {}, {})))
+
+
+def test_a_run_is_that_of_the_checkpoints_in_its_own_directory_with_its_own_model(tmp_path):
+    config, other = config_of({})[0], config_of({"moe": {"top_k": 2}})[0]
+    run = tmp_path / "run"
+    run.mkdir()
+    own, copy = run / "checkpoints" / "iter_0000010", run / "more" / "iter_0000010"
+    assert run_of(own, config) is None
+    (run / "config.yaml").write_text(config.to_yaml())
+    assert run_of(own, config) == run
+    assert run_of(copy, config) is None and run_of(own, other) is None
+    (run / "config.yaml").write_text("moe: [")
+    assert run_of(own, config) is None
+
+
+def test_the_settings_of_a_run_and_the_sizes_of_its_data_are_in_tables(tmp_path):
+    import hashlib
+    import json
+
+    about = {
+        "format_version": 1,
+        "tokenizer_fingerprint": "t",
+        "vocab_size": 300,
+        "eod_id": 0,
+        "documents": 1234,
+        "tokens": 567890,
+        "bytes": 9,
+        "unigram_entropy": 1.0,
+        "content_sha256": "c",
+        "sources": ["x"],
+    }
+    for ending, content in ((".bin", ""), (".idx", ""), (".json", json.dumps(about))):
+        (tmp_path / f"text_train{ending}").write_text(content)
+    mark = hashlib.sha256(b"c:t:0").hexdigest()
+    sets = [{"prefix": str(tmp_path / "text_train"), "fingerprint": one, "weight": "1/2"} for one in (mark, "f" * 64)]
+    state = {"tokens_seen": 4096, "tokenizer_fingerprint": "ab" * 32, "data": {"datasets": sets}}
+    assert data_sizes(state) == {mark: (1234, 567890)}
+    environment = {"adamoe_dist": "0.9", "python": "3.11", "packages": {"torch": "2.13.0", "absent": None}}
+    card = model_card(
+        facts(
+            step=10,
+            state=state,
+            data_sizes=data_sizes(state),
+            measured=Measured(environment=environment),
+            layout={"world_size": 4, "tensor": 2, "precision": "bfloat16"},
+        )
+    )
+    for words in (
+        "share 1/2, 1,234 documents, 567,890 tokens",
+        "| versions | adamoe_dist 0.9, python 3.11, torch 2.13.0 |",
+        "| layout | 4 ranks, tensor 2, ZeRO stage",
+        "| precision | bfloat16 |",
+        "| optimizer | adamw, betas 0.9 and 0.95, weight decay",
+        "| learning rate | ",
+        "| batch | ",
+        "It continues text.",
+    ):
+        assert words in card, words
+    assert card.count("documents") == 1
+    sets[0]["prefix"] = "examples.jsonl"
+    assert "fine-tuned on examples, with loss on the completions" in model_card(facts(step=10, state=state))

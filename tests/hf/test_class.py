@@ -246,3 +246,25 @@ def test_routing_is_that_of_training_in_every_combination():
                     my_sum.backward()
                     your_sum.backward()
                     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_trainer_of_transformers_trains_and_evaluates(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    sets = [{"input_ids": row, "labels": row} for row in tokens_of(4)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
+    )
+    seen = []
+    trainer = Trainer(
+        model_of(),
+        arguments,
+        train_dataset=sets,
+        eval_dataset=sets,
+        compute_metrics=lambda found: seen.append(found.predictions.shape) or {},
+    )
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        expected = trainer.model(tokens_of(4), labels=tokens_of(4)).loss
+    assert loss == pytest.approx(float(expected), rel=1e-4) and seen == [(4, 12, 96)]

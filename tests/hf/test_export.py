@@ -28,7 +28,11 @@ ALL = {
         },
     },
 }
-CHANGES = {"all": ALL, "tied": {"model": {"tie_embeddings": True}}, "shared_row": VARIANTS["all_selected-shared_row"]}
+CHANGES = {
+    "all": ALL,
+    "tied": {"model": {"tie_embeddings": True}, "moe": {"router": {"null_init": "copy"}}},
+    "shared_row": VARIANTS["all_selected-shared_row"],
+}
 ELSEWHERE = """
 import sys, json, torch
 class Absent:
@@ -71,7 +75,7 @@ def test_out_and_back_gives_every_tensor_to_the_bit(made):
         assert torch.equal(value, after[key]), key
     again = config_from_dict(read_config(back))
     assert meaning(again) == meaning(config)
-    assert again.moe.null_types == config.moe.null_types and again.moe.router.null_init in ("random", "shared")
+    assert again.moe.null_types == config.moe.null_types and again.moe.router.null_init == config.moe.router.null_init
     assert export(back, root / "hf2").family.model_type == "adamoe"
     names = {file.name for file in (root / "hf").iterdir()}
     assert {file.name for file in (root / "hf2").iterdir()} == {*names, "README_original.md"}
@@ -187,6 +191,20 @@ def test_a_vocabulary_below_the_tokenizers_is_refused(tmp_path):
     checkpoint, _, _ = checkpoint_of(tmp_path, {})
     with pytest.raises(UserError, match=rf"--vocab-size 200 is less than the {VOCAB_OF_TOKENIZER} ids"):
         plan_export(str(checkpoint), vocab_size=200)
+
+
+@pytest.mark.parametrize(("shared", "drawn"), [(True, "copy"), (False, "shared"), (False, "often")])
+def test_a_draw_of_null_rows_that_the_model_cannot_have_had_is_refused(shared, drawn):
+    from adamoe_dist.convert import FAMILIES
+    from adamoe_dist.errors import UserError
+    from tests.hf.pairs import SMALL
+    from tests.model.layers import config_of
+
+    written = FAMILIES["adamoe"].write(config_of(SMALL)[0], 96)
+    with pytest.raises(UserError, match=f"null_init='{drawn}' cannot be converted"):
+        FAMILIES["adamoe"].read(written | {"shared_null_row": shared, "null_init": drawn})
+    del written["null_init"]
+    assert FAMILIES["adamoe"].read(written).moe["router"]["null_init"] == "random"
 
 
 def test_another_tokenizer_than_that_of_training_does_not_go_along(tmp_path):

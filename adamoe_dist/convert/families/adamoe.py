@@ -81,7 +81,7 @@ class AdaMoE(Family):
         return {
             "score_function": given.word("score_function", "softmax", *get_args(ScoreFunction)),
             "normalize": given.word("normalize", "true_experts", *get_args(Normalize)),
-            "null_init": "shared" if given.flag("shared_null_row", False) else "random",
+            "null_init": _null_init(given),
             "gating_residual": given.flag("gating_residual", False),
             "target_load": given.optional_number("target_load"),
             "capacity_factor": given.optional_number("capacity_factor"),
@@ -134,6 +134,7 @@ class AdaMoE(Family):
             "score_function": router.score_function,
             "normalize": router.normalize,
             "shared_null_row": router.null_init == "shared" and moe.num_null_experts > 0,
+            "null_init": router.null_init if moe.num_null_experts > 0 else None,
             "num_identity_experts": moe.null_types.identity,
             "num_constant_experts": moe.null_types.constant,
             "gating_residual": router.gating_residual,
@@ -170,6 +171,15 @@ class AdaMoE(Family):
 
         folder = Path(adamoe_dist.hf.__file__).parent
         return {f"{name}.py": folder / f"{name}.py" for name in CODE}
+
+
+def _null_init(given: HFConfig) -> Any:
+    """Take how the null rows were drawn; without a word on it, a row for each counts as drawn at random."""
+    is_shared, drawn = given.flag("shared_null_row", False), given.take("null_init")
+    allowed = ("shared",) if is_shared else ("random", "copy")
+    if drawn is not None and drawn not in allowed:
+        given.refuse("null_init", drawn, f"with shared_null_row={is_shared} it is {' or '.join(allowed)}")
+    return allowed[0] if drawn is None else drawn
 
 
 def _moe_weights(config: Config, layer: int) -> Iterator[Weight]:
