@@ -103,14 +103,14 @@ def _check_before_groups(config: Config, resolved: Resolved, task: Task, logs: L
     if config.moe.dispatcher.type == "flex":
         check_flex(config.moe.dispatcher.flex_backend)
     start = find_start(config)
-    notes = task.prepare(config)
+    task.prepare(config)
     corpora = task.open(config)
-    notes += _check_start(config, resolved, start, corpora)
+    notes = _check_start(config, resolved, start, corpora)
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     keep_tokenizer(config, corpora.tokenizer)
     logs.open_file(config.run_dir)
-    for note in notes:
+    for note in task.keep(config, corpora) + notes:
         logger.info("%s", note)
     return start
 

@@ -33,8 +33,8 @@ class Task(Protocol):
             UserError: it cannot be read, or is not one that this command can run.
         """
 
-    def prepare(self, config: Config) -> list[str]:
-        """Make what the run reads and is missing, on one process only, and return what is to be said of it.
+    def prepare(self, config: Config) -> None:
+        """Make what the run reads and is missing, on one process only.
 
         Raises:
             UserError: it cannot be made.
@@ -45,6 +45,15 @@ class Task(Protocol):
 
         Raises:
             UserError: it cannot be opened, or keys contradict it.
+        """
+
+    def keep(self, config: Config, corpora: Corpora) -> list[str]:
+        """Keep in the run directory what other ranks need to open the data, once nothing is left that may be refused.
+
+        On one process only.
+
+        Returns:
+            What is to be said of the run's model and data, a line each.
         """
 
     def complete(self, config: Config) -> None:
@@ -60,14 +69,17 @@ class PreTraining:
         check_pre_training(config)
         return config
 
-    def prepare(self, config: Config) -> list[str]:
+    def prepare(self, config: Config) -> None:
         """See :class:`Task`."""
         prepare_missing(config)
-        return []
 
     def open(self, config: Config) -> Corpora:
         """See :class:`Task`."""
         return open_corpora(config)
+
+    def keep(self, config: Config, corpora: Corpora) -> list[str]:
+        """See :class:`Task`."""
+        return []
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""
@@ -93,15 +105,18 @@ class FineTuning:
         check_fine_tuning(config)
         return config
 
-    def prepare(self, config: Config) -> list[str]:
+    def prepare(self, config: Config) -> None:
         """See :class:`Task`."""
-        return self._notes + keep_example_corpora(config)
 
     def open(self, config: Config) -> Corpora:
         """See :class:`Task`."""
         corpora = open_example_corpora(config)
         self._set_steps(config, sum(len(dataset) for dataset in corpora.train.datasets))
         return corpora
+
+    def keep(self, config: Config, corpora: Corpora) -> list[str]:
+        """See :class:`Task`."""
+        return self._notes + keep_example_corpora(config, corpora)
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""

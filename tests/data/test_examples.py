@@ -113,6 +113,8 @@ def test_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair("a", "b")).encode())[:-6])
     with pytest.raises(UserError, match="not a whole gzip file"):
         list(read_examples(tmp_path / "x.jsonl.gz"))
+    with pytest.raises(UserError, match="a directory; name a JSONL file"):
+        load_examples(str(tmp_path), Letters(), ExampleRules(17), tmp_path / "kept")
 
 
 def test_the_loss_is_of_completions_and_what_ends_them() -> None:
@@ -200,12 +202,23 @@ def test_what_is_kept_is_what_is_cut(tmp_path: Path) -> None:
     path, rules = write(tmp_path / "x.jsonl", LINES), ExampleRules(17)
     fresh = load_examples(path, Letters(), rules, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
-    keep_examples(path, Letters(), rules, tmp_path / "kept")
+    keep_examples(fresh, tmp_path / "kept")
     kept = load_examples(path, Letters(), rules, tmp_path / "kept")
     assert isinstance(kept.ids, np.memmap) and kept.fingerprint() == fresh.fingerprint()
     assert kept.counts == fresh.counts
     write(tmp_path / "x.jsonl", LINES[:-1])
     assert load_examples(path, Letters(), rules, tmp_path / "kept").counts.examples == 39
+
+
+def test_writing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    store = load_examples(write(tmp_path / "x.jsonl", LINES), Letters(), ExampleRules(17))
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        keep_examples(store, tmp_path / "kept")
+    assert not list((tmp_path / "kept").iterdir())
 
 
 def test_batches_resume_and_do_not_depend_on_the_cut(tmp_path: Path) -> None:

@@ -136,5 +136,26 @@ def test_refusals(started: Path, here: Callable[..., Finished]) -> None:
     assert "finetune.packing is set, and launch/pretrain.py does not read it" in refused(
         "finetune.epochs=null", "finetune.anneal_epochs=null", "finetune.packing=true", command=pretrain
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train=[{path: trian.jsonl, weight: 1}]"], "data trian.jsonl: no such file"),
+        (["data.validation=[{path: runs}]"], "data runs: a directory"),
+        (["data.validation=[{path: held_out.jsonl}, {path: bad.jsonl}]"], "bad.jsonl:1 is not JSON"),
+        (["train.steps=7"], "train.steps=7 and finetune.epochs=2 contradict each other"),
+    ],
+)
+def test_a_refused_run_leaves_nothing(
+    started: Path, here: Callable[..., Finished], arguments: list[str], message: str
+) -> None:
+    (started / "bad.jsonl").write_text("{\n")
+    done = here(*COMMON, "run.dir=runs/refused", *arguments)
+    assert done.returncode == 2 and len(done.errors) == 1 and message in done.errors[0], done.stderr
+    assert not (started / "runs" / "refused").exists()
+
+
+def test_another_model_is_refused(started: Path) -> None:
     done = run_command(fine_tuning(one_process(*COMMON, "moe.top_k=2", "run.dir=runs/other_k")), started)
     assert done.returncode == 2 and "moe.top_k is 3 there, 2 here" in done.errors[0]
