@@ -17,7 +17,7 @@ from adamoe_dist.data.storage import entropy
 from adamoe_dist.data.tokenizer import Tokenizer
 from adamoe_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TooLong = Literal["refuse", "truncate", "skip"]
 
 

@@ -26,6 +26,7 @@ class Letters:
     eod_id = EOD
     fingerprint = "letters"
     chat_template: str | None = None
+    prefix_ids: list[int] = []  # noqa: RUF012
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
@@ -137,11 +138,27 @@ def test_conversations_without_a_template_are_plain() -> None:
 def test_conversations_go_through_the_tokenizers_template() -> None:
     tokens = tokens_of_example(Conversation(CHAT, "f:1"), Chat())
     assert tokens.ids == [*map(ord, "<system>be;<user>a?;<assistant>A;<user>b?;<assistant>B;"), EOD]
-    assert learnt(tokens, Chat()) == "A;B;"
+    assert learnt(tokens, Chat()) == "A;B;|"
     with pytest.raises(UserError, match=r"f:1 messages\[2\]: .*renders the messages before it otherwise"):
         tokens_of_example(Conversation(CHAT, "f:1"), Chat(is_stable=False))
     with pytest.raises(UserError, match=r"f:2: .* does not take its messages \(no tools here\)"):
         tokens_of_example(Conversation([{"role": "tool", "content": "x"}, CHAT[2]], "f:2"), Chat())
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_read_and_not_learnt() -> None:
+    class Begins(Letters):
+        prefix_ids = [2]  # noqa: RUF012
+
+    class BeginsChat(Chat):
+        prefix_ids = [2]  # noqa: RUF012
+
+    for example, text in ((Completion("ab", "cd", "f:1"), "abcd|"), (Conversation(CHAT[1:3], "f:1"), None)):
+        for on_all in (False, True):
+            plain, tokens = (tokens_of_example(example, kind(), on_all) for kind in (Letters, Begins))
+            assert tokens.ids == [2, *plain.ids] and tokens.targets == [False, *plain.targets]
+        assert text is None or learnt(tokens, Begins()) == text
+    conversation = Conversation(CHAT, "f:1")
+    assert tokens_of_example(conversation, BeginsChat()) == tokens_of_example(conversation, Chat())
 
 
 LINES = [pair("p" * (n % 5), "c" * (1 + n % 7)) for n in range(40)]
