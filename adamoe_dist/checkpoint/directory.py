@@ -43,6 +43,11 @@ def newest_complete(root: Path) -> Path | None:
     return next((path for path in candidates if find_incompleteness(path) is None), None)
 
 
+def _is_hugging_face(path: Path) -> bool:
+    """Tell whether a directory holds a model in Hugging Face's format."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
+
+
 def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> Path | None:
     """Return the checkpoint that a configuration value means.
 
@@ -72,6 +77,11 @@ def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> 
         return path
     inner = path / SUBDIRECTORY if (path / SUBDIRECTORY).is_dir() else path
     found = newest_complete(inner)
+    if found is None and _is_hugging_face(path):
+        raise UserError(
+            f"{key}={resume} is a Hugging Face directory; make a checkpoint of it with tools/convert_checkpoint.py "
+            f"import --from {resume} --to DIR, and give DIR"
+        )
     if found is None:
         raise UserError(f"{key}={resume} has no complete checkpoint; give a checkpoint or a run directory with one")
     return found

@@ -1,7 +1,6 @@
 """Examples to fine-tune on, from JSONL files: a prompt and its completion, or a conversation."""
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from adamoe_dist.data.corpus import decode_text
+from adamoe_dist.data.corpus import decode_text, parse_json
 from adamoe_dist.errors import UserError
 
 PLAIN_ROLES = ("system", "user", "assistant")
@@ -81,10 +80,7 @@ def parse_example(line: str, where: str) -> Example:
     Raises:
         UserError: it is none; ``where`` is named.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{where} is not JSON ({problem}); mend or remove the line") from problem
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         _refuse(where, "is no JSON object")
     kinds = [name for name in ("prompt", "completion", "messages") if name in record]

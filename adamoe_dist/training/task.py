@@ -18,7 +18,12 @@ from adamoe_dist.config import (
 from adamoe_dist.errors import UserError
 from adamoe_dist.training.corpora import Corpora, open_corpora, prepare_missing
 from adamoe_dist.training.example_corpora import keep_example_corpora, open_example_corpora
-from adamoe_dist.training.starting_point import starting_checkpoint, with_model_of
+from adamoe_dist.training.starting_point import (
+    check_trained_weights,
+    router_in_effect,
+    starting_checkpoint,
+    with_model_of,
+)
 
 _FROM_EPOCHS = ("train.steps", "moe.router.balance.anneal_steps")
 
@@ -103,6 +108,7 @@ class FineTuning:
         values, self._notes = with_model_of(source, values)
         config = config_from_dict(values)
         check_fine_tuning(config)
+        check_trained_weights(source, config)
         return config
 
     def prepare(self, config: Config) -> None:
@@ -116,7 +122,7 @@ class FineTuning:
 
     def keep(self, config: Config, corpora: Corpora) -> list[str]:
         """See :class:`Task`."""
-        return self._notes + keep_example_corpora(config, corpora)
+        return [*self._notes, router_in_effect(config), *keep_example_corpora(config, corpora)]
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""

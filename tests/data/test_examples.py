@@ -81,6 +81,8 @@ CHAT = [
     ("line", "message"),
     [
         ("{", "is not JSON"),
+        ("9" * 5000, "is JSON that cannot be read .a number of too many digits"),
+        ("[" * 100_000, "is JSON that cannot be read .values within values too deep"),
         ("[1]", "is no JSON object"),
         ({"prompt": "a"}, "its keys are prompt"),
         ({"text": "a"}, 'needs the keys "prompt" and "completion", or "messages"'),
@@ -116,6 +118,12 @@ def test_files_are_refused_by_name(tmp_path: Path) -> None:
         list(read_examples(tmp_path / "x.jsonl.gz"))
     with pytest.raises(UserError, match="a directory; name a JSONL file"):
         load_examples(str(tmp_path), Letters(), ExampleRules(17), tmp_path / "kept")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(pair("a", "b")) + "\n", encoding="utf-8-sig")
+    (example,) = read_examples(tmp_path / "x.jsonl")
+    assert isinstance(example, Completion) and example.completion == "b"
 
 
 def test_the_loss_is_of_completions_and_what_ends_them() -> None:
