@@ -19,6 +19,8 @@ from adamoe_dist.errors import UserError
 FINGERPRINT = "tokenizer_fingerprint"
 WEIGHTS_ONLY = "weights_only"
 _TARGET_LOAD = "moe.router.target_load"
+_ROUTER_TYPE = "moe.router.type"
+_LORA = "finetune.lora."
 
 
 class Difference(NamedTuple):
@@ -57,7 +59,7 @@ def check_compatible(
             skips the comparison.
 
     Returns:
-        One line for each difference that ``checkpoint.allow_changes`` allows.
+        One line for each difference that ``checkpoint.allow_changes`` allows, and one where adapters are merged.
 
     Raises:
         UserError: naming every key that differs and may not, with both values.
@@ -77,7 +79,11 @@ def check_compatible(
     ]
     if refused:
         raise UserError(_refusal(path, refused, weights_only))
-    return [f"{ALLOW}: {key} {there} -> {here}" for key, there, here, _ in found]
+    notes = [f"{ALLOW}: {key} {there} -> {here}" for key, there, here, _ in found]
+    rank = _lora_rank(read_config(path))
+    if weights_only and rank is not None and _lora_rank(config) is None:
+        notes.append(f"the adapters of rank {rank} in {path} are taken into its weights: this run has none")
+    return notes
 
 
 def holds_weights_only(path: Path) -> bool:
@@ -94,13 +100,20 @@ def _require_moments(path: Path) -> None:
 
 
 def _differing_keys(saved: dict[str, Any], config: dict[str, Any], weights_only: bool) -> list[Difference]:
+    takes_adapters = _lora_rank(saved) is not None and _lora_rank(config) is not None
     return [
         Difference(key, there, here, _is_nameable(key, there, here))
         for key, there, here in compared_keys(saved, config)
         if there != here
         and not (there is None and here == ABSENT)
-        and not (weights_only and _may_start_with(key, there, here))
+        and not (weights_only and _may_start_with(key, there, here) and not (takes_adapters and key.startswith(_LORA)))
     ]
+
+
+def _lora_rank(config: dict[str, Any]) -> int | None:
+    """Return the rank of a resolved tree's adapters; None: it has none, or is older than the key."""
+    rank: int | None = config.get("finetune", {}).get("lora", {}).get("rank")
+    return rank
 
 
 def _is_nameable(key: str, there: Any, here: Any) -> bool:
@@ -114,8 +127,11 @@ def _is_nameable(key: str, there: Any, here: Any) -> bool:
 def _may_start_with(key: str, there: Any, here: Any) -> bool:
     """Tell whether a new run may start from weights that were trained with another value.
 
-    Another target load may, or a first one; but weights trained under a selection bias are not to lose it.
+    Another target load may, or a first one; but weights trained under a selection bias are not to lose it. Megatron's
+    own router has the weights of AdaMoE's without null experts and routes alike.
     """
+    if key == _ROUTER_TYPE:
+        return (there, here) == ("topk", "adamoe")
     if key == _TARGET_LOAD:
         return there is None or here is not None
     rule = rule_of(key)
@@ -142,7 +158,9 @@ def _refusal(path: Path, refused: list[Difference], weights_only: bool) -> str:
     listed = "; ".join(str(difference) for difference in refused)
     nameable = [difference.key for difference in refused if difference.is_nameable]
     if weights_only:
-        return f"checkpoint {path} is of another run: {listed}; set them as there"
+        has_lora = any(difference.key.startswith(_LORA) for difference in refused)
+        merge = ", or finetune.lora.rank=null, which takes the adapters into the weights" if has_lora else ""
+        return f"checkpoint {path} is of another run: {listed}; set them as there{merge}"
     if len(nameable) < len(refused):
         allow = f"; of these {ALLOW} can allow {', '.join(nameable)}" if nameable else ""
         remedy = f"set them as there, or start a new run in another run.dir{allow}"

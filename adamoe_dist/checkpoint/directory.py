@@ -54,6 +54,11 @@ def directory_problem(path: Path) -> str | None:
     return None if os.access(path, os.X_OK) else "cannot be read (its files cannot be opened)"
 
 
+def _is_hugging_face(path: Path) -> bool:
+    """Tell whether a directory holds a model in Hugging Face's format."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
+
+
 def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> Path | None:
     """Return the checkpoint that a configuration value means.
 
@@ -85,6 +90,11 @@ def find_checkpoint(resume: str, root: Path, key: str = "checkpoint.resume") -> 
     if problem := directory_problem(inner):
         raise UserError(f"{key}={resume}: {inner} {problem}; give a checkpoint or a run directory")
     found = newest_complete(inner)
+    if found is None and _is_hugging_face(path):
+        raise UserError(
+            f"{key}={resume} is a Hugging Face directory; make a checkpoint of it with tools/convert_checkpoint.py "
+            f"import --from {resume} --to DIR, and give DIR"
+        )
     if found is None:
         raise UserError(f"{key}={resume} has no complete checkpoint; give a checkpoint or a run directory with one")
     return found

@@ -17,6 +17,7 @@ from adamoe_dist.checkpoint import tensors as names
 from adamoe_dist.checkpoint.agreement import agreed, gathered
 from adamoe_dist.checkpoint.index import CheckpointReader, read_shapes
 from adamoe_dist.checkpoint.manifest import read_manifest, read_state, verify_files
+from adamoe_dist.checkpoint.merged import MergedReader
 from adamoe_dist.checkpoint.zero import ZeroState
 from adamoe_dist.errors import UserError
 from adamoe_dist.model import Part, is_adapter
@@ -57,6 +58,8 @@ def load_checkpoint(path: Path, engine: TrainingEngine) -> dict[str, Any]:
 def load_weights(path: Path, engine: TrainingEngine) -> list[str]:
     """Take a checkpoint's weights and buffers, and nothing else; all ranks call it together.
 
+    Where the checkpoint has low-rank adapters and the engine's model has none, they are taken into their weights.
+
     Args:
         path: the checkpoint directory.
         engine: of the same model.
@@ -71,8 +74,11 @@ def load_weights(path: Path, engine: TrainingEngine) -> list[str]:
     zero = ZeroState(engine)
     is_without = not any(names.weight_key(name) in shapes for name in zero.buffers)
     entries = [*_weights(zero, shapes), *(() if is_without else _buffers(zero))]
+    merges = any(map(is_adapter, shapes)) and not any(gathered(any(map(is_adapter, zero.parts))))
+    if merges:
+        shapes = {key: shape for key, shape in shapes.items() if not is_adapter(key)}
     _check_shapes(path, entries, shapes, ("model.",))
-    _read(path, entries)
+    _read(path, entries, merges)
     _finish(zero, engine)
     return list(zero.buffers) if is_without else []
 
@@ -143,7 +149,7 @@ def _put_random_state(kind: str, key: str, loaded: dict[str, Tensor]) -> None:
     platform.restore_random_states({kind: loaded[key].squeeze(0)})
 
 
-def _read(path: Path, entries: list[_Entry]) -> None:
+def _read(path: Path, entries: list[_Entry], merges: bool = False) -> None:
     """Read and put all entries, of each rank ``_BATCH_BYTES`` at a time: its part may be larger than its memory."""
     batches: list[list[_Entry]] = [[]]
     size = 0
@@ -154,15 +160,20 @@ def _read(path: Path, entries: list[_Entry]) -> None:
         batches[-1].append(entry)
         size += entry.nbytes
     with agreed(f"reading the index of {path}"):
-        reader = CheckpointReader(path)
+        reader = MergedReader(path) if merges else CheckpointReader(path)
     for number in range(max(gathered(len(batches)))):  # reading is collective, and stages have different parts
         _read_batch(path, reader, batches[number] if number < len(batches) else [])
 
 
-def _read_batch(path: Path, reader: CheckpointReader, batch: list[_Entry]) -> None:
+def _read_batch(path: Path, reader: CheckpointReader | MergedReader, batch: list[_Entry]) -> None:
     wanted = {name: part for entry in batch for name, part in entry.wanted.items()}
     with agreed(f"reading tensors from {path}"):
-        loaded = names.read_tensors(reader, wanted)
+        if isinstance(reader, MergedReader):
+            loaded = {
+                name: reader.read(part.key, part.global_offset, part.local_shape) for name, part in wanted.items()
+            }
+        else:
+            loaded = names.read_tensors(reader, wanted)
     for entry in batch:
         entry.put(loaded)
         for part in entry.wanted.values():

@@ -1,7 +1,16 @@
 """One typed configuration tree: declared a file a section, read from YAML and overrides, checked together."""
 
 from adamoe_dist.config.buckets import bucket_sizes
-from adamoe_dist.config.continuity import ABSENT, ALLOW, TOTAL_STEPS, Rule, compared_keys, is_allowed, rule_of
+from adamoe_dist.config.continuity import (
+    ABSENT,
+    ALLOW,
+    TOTAL_STEPS,
+    Rule,
+    compared_keys,
+    flattened,
+    is_allowed,
+    rule_of,
+)
 from adamoe_dist.config.fields import leaves
 from adamoe_dist.config.finetune import FinetuneConfig, LoraConfig
 from adamoe_dist.config.layout import Layout
@@ -33,6 +42,7 @@ __all__ = [
     "check_pre_training",
     "compared_keys",
     "config_from_dict",
+    "flattened",
     "is_allowed",
     "leaves",
     "load_config",

@@ -72,7 +72,8 @@ def coerce(value: Any, kind: Any) -> Any:
     """Return ``value`` as ``kind``; ``ValueError`` where it is not one.
 
     A whole number is taken for a number (``1`` for ``1.0``) and ``1e-4`` without a dot, which YAML reads as
-    text, for the number it is. Nothing else is converted.
+    text, for the number it is; a single text where a list of texts is wanted is a list of one. Nothing else is
+    converted.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -89,6 +90,8 @@ def coerce(value: Any, kind: Any) -> Any:
         raise ValueError
     if origin is list and isinstance(value, list):
         return [coerce(item, arguments[0]) for item in value]
+    if origin is list and arguments == (str,) and isinstance(value, str):
+        return [value]
     if origin is dict and isinstance(value, dict):
         return value
     if kind is type(None) and value is None:

@@ -52,3 +52,8 @@ class FinetuneConfig:
         "lora.rank the adapters are, and besides them only what a list names.",
     )
     lora: LoraConfig = section(LoraConfig, "Low-rank adapters.")
+
+    def __post_init__(self) -> None:
+        """Take ``[all]`` for ``all``."""
+        if self.trainable == ["all"]:
+            self.trainable = "all"

@@ -68,7 +68,7 @@ def check_fine_tuning(config: Config) -> None:
     if config.moe.router.type == "topk":
         problems.append(
             "moe.router.type=topk is Megatron's own router, whose losses do not leave padding out as fine-tuning "
-            "needs; use adamoe, which with moe.num_null_experts=0 routes as topk does"
+            "needs; set it to adamoe, which with moe.num_null_experts=0 has the same weights and routes as topk does"
         )
     refuse(problems)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adamoe_dist.data.standard_library import STANDARD_LIBRARY
     from adamoe_dist.data.storage import PartInfo, read_info
     from adamoe_dist.data.tokenizer import Tokenizer
-    from adamoe_dist.data.tokenizer_huggingface import TOKENIZER_FILES, HuggingFaceTokenizer
+    from adamoe_dist.data.tokenizer_huggingface import TOKENIZER_FILES, HuggingFaceTokenizer, prefix_ids_of
     from adamoe_dist.data.tokenizer_sentencepiece import SentencePieceTokenizer
     from adamoe_dist.data.tokenizer_training import TrainingSummary, train_tokenizer
 
@@ -47,6 +47,7 @@ __all__ = [
     "iterate_documents",
     "keep_examples",
     "load_examples",
+    "prefix_ids_of",
     "prepare_corpus",
     "read_examples",
     "read_info",
@@ -70,7 +71,7 @@ _HOMES = {
     "standard_library": ("STANDARD_LIBRARY",),
     "storage": ("PartInfo", "read_info"),
     "tokenizer": ("Tokenizer",),
-    "tokenizer_huggingface": ("TOKENIZER_FILES", "HuggingFaceTokenizer"),
+    "tokenizer_huggingface": ("TOKENIZER_FILES", "HuggingFaceTokenizer", "prefix_ids_of"),
     "tokenizer_sentencepiece": ("SentencePieceTokenizer",),
     "tokenizer_training": ("TrainingSummary", "train_tokenizer"),
 }

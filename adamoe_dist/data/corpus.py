@@ -134,18 +134,33 @@ def _documents_of_file(path: Path, text_key: str) -> Iterator[Document]:
 
 
 def decode_text(data: bytes, where: str, offset: int = 0) -> str:
-    """Decode UTF-8 text; ``offset`` is the position of ``data`` in its file, for the message."""
+    """Decode UTF-8 text, without the byte-order mark of a file; ``offset`` is the position of ``data`` in its file."""
     zero = data.find(b"\0")
     if zero >= 0:
         raise UserError(
             f"{where} is not text: it has a NUL byte at byte {offset + zero}; give text in UTF-8 or leave it out"
         )
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("" if offset else "\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where} is not UTF-8 at byte {offset + error.start}; convert it (iconv -t UTF-8) or leave it out"
         ) from error
+
+
+def parse_json(line: str, where: str) -> Any:
+    """Return the value of one line of JSON.
+
+    Raises:
+        UserError: it is none, or not one that can be read; ``where`` is named.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error}); mend or remove the line") from error
+    except (ValueError, RecursionError) as error:
+        reason = "values within values too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise UserError(f"{where} is JSON that cannot be read ({reason}); mend or remove the line") from error
 
 
 def _gzip_documents(path: Path, text_key: str) -> Iterator[Document]:
@@ -167,10 +182,7 @@ def _json_documents(stream: BinaryIO | gzip.GzipFile, path: Path, text_key: str)
 
 
 def _json_text(line: str, where: str, text_key: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error}); mend or remove the line") from error
+    record = parse_json(line, where)
     if not isinstance(record, dict) or text_key not in record:
         keys = f"its keys are {', '.join(sorted(record))}" if isinstance(record, dict) else "it is no object"
         raise UserError(f"{where} has no key {text_key!r} ({keys}); name the text's key with --text-key")

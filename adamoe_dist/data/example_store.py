@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adamoe_dist.data.example_tokens import ExampleTokens, tokens_of_example
-from adamoe_dist.data.examples import read_examples
+from adamoe_dist.data.examples import read_examples, require_file
 from adamoe_dist.data.storage import entropy
 from adamoe_dist.data.tokenizer import Tokenizer
 from adamoe_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TooLong = Literal["refuse", "truncate", "skip"]
 
 
@@ -55,6 +55,7 @@ class ExampleStore:
     """All examples of a file, one after the other.
 
     Attributes:
+        name: of the directory that keeps them.
         ids: int32 (tokens,).
         targets: bool (tokens,), true where the loss is of the token; never of an example's first.
         ends: int64 (examples,), where each example ends.
@@ -62,6 +63,7 @@ class ExampleStore:
         eod_id: of the tokenizer.
     """
 
+    name: str
     ids: NDArray[np.int32]
     targets: NDArray[np.bool_]
     ends: NDArray[np.int64]
@@ -87,38 +89,36 @@ def load_examples(path: str, tokenizer: Tokenizer, rules: ExampleRules, cache: P
     Raises:
         UserError: the file or a line cannot be used, or no example is left.
     """
-    place = _place(path, tokenizer, rules, cache)
-    if place is not None and place.is_dir():
-        return _read(place)
-    return _cut(path, tokenizer, rules)
+    require_file(path)
+    name = _name(path, tokenizer, rules)
+    if cache is not None and (cache / name).is_dir():
+        return _read(cache / name)
+    return _cut(path, name, tokenizer, rules)
 
 
-def keep_examples(path: str, tokenizer: Tokenizer, rules: ExampleRules, cache: Path) -> ExampleStore:
-    """Do what :func:`load_examples` does, and keep the result in ``cache`` for later; on one process only."""
-    place = _place(path, tokenizer, rules, cache)
-    assert place is not None
+def keep_examples(store: ExampleStore, cache: Path) -> None:
+    """Write examples where :func:`load_examples` finds them, unless they are there; on one process only."""
+    place = cache / store.name
     if place.is_dir():
-        return _read(place)
-    store = _cut(path, tokenizer, rules)
+        return
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in ("ids", "targets", "ends"):
-        np.save(partial / f"{name}.npy", getattr(store, name))
-    description = {"counts": asdict(store.counts), "eod_id": store.eod_id, "source": path}
-    (partial / "info.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    partial.rename(place)
-    return store
+    try:
+        partial.mkdir(parents=True)
+        for name in ("ids", "targets", "ends"):
+            np.save(partial / f"{name}.npy", getattr(store, name))
+        description = {"counts": asdict(store.counts), "eod_id": store.eod_id}
+        (partial / "info.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _place(path: str, tokenizer: Tokenizer, rules: ExampleRules, cache: Path | None) -> Path | None:
-    """Return the directory of a file's tokens: its name says all that they follow from."""
-    if cache is None or not Path(path).is_file():
-        return None
+def _name(path: str, tokenizer: Tokenizer, rules: ExampleRules) -> str:
+    """Return a name that says all that a file's tokens follow from."""
     with Path(path).open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     parts = (FORMAT_VERSION, content, tokenizer.fingerprint, tokenizer.chat_template, *asdict(rules).values())
-    return cache / hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:24]
+    return hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
 def _read(place: Path) -> ExampleStore:
@@ -126,10 +126,11 @@ def _read(place: Path) -> ExampleStore:
         name: np.load(place / f"{name}.npy", mmap_mode="r") for name in ("ids", "targets", "ends")
     }
     description = json.loads((place / "info.json").read_text(encoding="utf-8"))
-    return ExampleStore(**arrays, counts=ExampleCounts(**description["counts"]), eod_id=description["eod_id"])
+    counts = ExampleCounts(**description["counts"])
+    return ExampleStore(place.name, **arrays, counts=counts, eod_id=description["eod_id"])
 
 
-def _cut(path: str, tokenizer: Tokenizer, rules: ExampleRules) -> ExampleStore:
+def _cut(path: str, name: str, tokenizer: Tokenizer, rules: ExampleRules) -> ExampleStore:
     ids: list[NDArray[np.int32]] = []
     targets: list[NDArray[np.bool_]] = []
     target_bytes = truncated = skipped = 0
@@ -162,4 +163,4 @@ def _cut(path: str, tokenizer: Tokenizer, rules: ExampleRules) -> ExampleStore:
         len(ids), truncated, skipped, target_bytes, entropy(np.bincount(all_ids[all_targets]).astype(np.int64))
     )
     ends = np.cumsum([len(part) for part in ids]).astype(np.int64)
-    return ExampleStore(all_ids, all_targets, ends, counts, tokenizer.eod_id)
+    return ExampleStore(name, all_ids, all_targets, ends, counts, tokenizer.eod_id)

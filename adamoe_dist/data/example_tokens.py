@@ -1,5 +1,6 @@
 """From an example to token ids, and which of them the loss is of.
 
+What the tokenizer puts before every text by itself comes first, where a chat template does not say how the text begins.
 Without a chat template the text is plain. A prompt and a completion are cut into tokens each by itself, joined as they
 are, and ended by the end-of-document id. Of a conversation each message becomes ``role: content``; one of the assistant
 ends with the end-of-document id, every other with a line break. ``assistant: `` counts as prompt.
@@ -30,13 +31,15 @@ def tokens_of_example(example: Example, tokenizer: Tokenizer, on_all: bool = Fal
     Raises:
         UserError: a role is not known, or the template does not take the conversation; file and line are named.
     """
+    prefix = tokenizer.prefix_ids
     if isinstance(example, Completion):
         tokens = _completion(example, tokenizer)
     elif tokenizer.chat_template is not None:
-        tokens = _templated(example, tokenizer)
+        prefix, tokens = [], _templated(example, tokenizer)
     else:
         tokens = _plain(example, tokenizer)
-    return ExampleTokens(tokens.ids, [True] * len(tokens.ids)) if on_all else tokens
+    targets = [True] * len(tokens.ids) if on_all else tokens.targets
+    return ExampleTokens([*prefix, *tokens.ids], [False] * len(prefix) + targets)
 
 
 def _completion(example: Completion, tokenizer: Tokenizer) -> ExampleTokens:
@@ -88,7 +91,7 @@ def _templated(example: Conversation, tokenizer: Tokenizer) -> ExampleTokens:
         extend(_rendered(example, tokenizer, number + 1, False), True, number)
     if ids[-1] != tokenizer.eod_id:
         ids.append(tokenizer.eod_id)
-        targets.append(False)
+        targets.append(True)
     return ExampleTokens(ids, targets)
 
 

@@ -1,14 +1,14 @@
 """Examples to fine-tune on, from JSONL files: a prompt and its completion, or a conversation."""
 
 import gzip
-import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from adamoe_dist.data.corpus import decode_text
+from adamoe_dist.data.corpus import decode_text, parse_json
 from adamoe_dist.errors import UserError
 
 PLAIN_ROLES = ("system", "user", "assistant")
@@ -41,12 +41,7 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     Raises:
         UserError: the file is missing or no JSONL, or a line is no example; it names file and line.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"data {path}: no such file; name a JSONL file of examples")
-    if not file.name.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"data {path}: examples are read from .jsonl or .jsonl.gz; rename or convert the file")
-    found = False
+    file, found = require_file(path), False
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             offset = 0
@@ -58,10 +53,25 @@ def read_examples(path: str | Path) -> Iterator[Example]:
                     yield parse_example(text, f"{path}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
         raise UserError(f"{path} is not a whole gzip file ({problem}); make or fetch it again") from problem
-    except PermissionError as problem:
-        raise UserError(f"{path} cannot be read ({problem.strerror}); change its permissions") from problem
     if not found:
         raise UserError(f'data {path} holds no example; add lines such as {{"prompt": "...", "completion": "..."}}')
+
+
+def require_file(path: str | Path) -> Path:
+    """Return the path of a file that examples may be read from.
+
+    Raises:
+        UserError: it is no readable file, or its name ends otherwise.
+    """
+    file = Path(path)
+    if not file.is_file():
+        kind = "a directory" if file.is_dir() else "no such file"
+        raise UserError(f"data {path}: {kind}; name a JSONL file of examples in data.train or data.validation")
+    if not file.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"data {path}: examples are read from .jsonl or .jsonl.gz; rename or convert the file")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"{path} cannot be read (Permission denied); change its permissions")
+    return file
 
 
 def parse_example(line: str, where: str) -> Example:
@@ -70,10 +80,7 @@ def parse_example(line: str, where: str) -> Example:
     Raises:
         UserError: it is none; ``where`` is named.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{where} is not JSON ({problem}); mend or remove the line") from problem
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         _refuse(where, "is no JSON object")
     kinds = [name for name in ("prompt", "completion", "messages") if name in record]

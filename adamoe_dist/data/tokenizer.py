@@ -59,9 +59,17 @@ class Tokenizer(ABC):
         """The id that ends a document."""
 
     @property
-    @abstractmethod
+    def prefix_ids(self) -> list[int]:
+        """What it puts before every text by itself: nothing, unless it is a Hugging Face tokenizer that does so.
+
+        :meth:`encode` leaves it out. Where it is empty, a text begins behind the end of another one.
+        """
+        return []
+
+    @property
     def bos_id(self) -> int | None:
-        """The id that begins a sequence, where there is one."""
+        """The id that begins every text; None where none does, though the vocabulary may have one for it."""
+        return self.prefix_ids[0] if self.prefix_ids else None
 
     @property
     @abstractmethod

@@ -67,6 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 '"eos_token": "</s>"'
             )
         self._fingerprint = _fingerprint(files)
+        self._prefix_ids = prefix_ids_of(self._hf)
         self._vocab_size = max(self._hf.get_vocab().values()) + 1
 
     @classmethod
@@ -96,9 +97,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return int(self._hf.eos_token_id)
 
     @property
-    def bos_id(self) -> int | None:
-        """The id that begins a sequence, where there is one."""
-        return _optional(self._hf.bos_token_id)
+    def prefix_ids(self) -> list[int]:
+        """What it puts before every text by itself, such as Llama's beginning-of-sequence id."""
+        return list(self._prefix_ids)
 
     @property
     def pad_id(self) -> int | None:
@@ -136,6 +137,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer {self._name} has no chat template; add one as {CHAT_FILES[0]}, or use texts without roles"
             )
         return self._hf.apply_chat_template(list(messages), **options)
+
+
+def prefix_ids_of(hf: Any) -> list[int]:
+    """Return the ids that a tokenizer of transformers puts before every text by itself."""
+    text = hf.encode("a", add_special_tokens=False)
+    whole = hf.encode("a")
+    return next(whole[:start] for start in range(len(whole) + 1) if whole[start : start + len(text)] == text)
 
 
 def _opened(directory: str, name: str) -> Any:

@@ -71,11 +71,6 @@ class SentencePieceTokenizer(Tokenizer):
         return int(self._processor.eos_id())
 
     @property
-    def bos_id(self) -> int | None:
-        """The id that begins a sequence, where the model has one."""
-        return self._optional(self._processor.bos_id())
-
-    @property
     def pad_id(self) -> int | None:
         """The padding id, where the model has one."""
         return self._optional(self._processor.pad_id())

@@ -20,7 +20,8 @@ class AdaMoETokenizer(PreTrainedTokenizer):
 
     SentencePiece writes a space as a character of its own, so a text that has this character is written with its bytes.
     The names of special tokens inside a text are text, as they were in training; ``split_special_tokens=False`` makes
-    ids of them. No id is added before or after a text. Padding is on the left, as generation wants it.
+    ids of them. No id is added before or after a text, and there is no bos_token, even where the file has one: in
+    training a text begins behind the eos_token of another. Padding is on the left, as generation wants it.
     """
 
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012
@@ -40,7 +41,6 @@ class AdaMoETokenizer(PreTrainedTokenizer):
         self._mark = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()]
         self._has_bytes = self.processor.piece_to_id(self._mark[0]) != self.processor.unk_id()
         own = {
-            "bos_token": self.processor.bos_id(),
             "eos_token": self.processor.eos_id(),
             "unk_token": self.processor.unk_id(),
             "pad_token": self.processor.pad_id(),

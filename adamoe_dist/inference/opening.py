@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adamoe_dist import platform
+from adamoe_dist.data import prefix_ids_of
 from adamoe_dist.errors import UserError
 
 HF_CONFIG = "config.json"
@@ -49,12 +50,15 @@ class OpenedModel:
 
     @property
     def prefix_id(self) -> int:
-        """The id before the first token of a text: that of the beginning, else the one that ends documents.
+        """The id before the first token of a text: the one that the tokenizer puts there by itself, else the end's.
+
+        A model whose tokenizer puts nothing there has seen texts behind the end of others, and nothing behind a
+        bos_token, though its vocabulary may have one.
 
         Raises:
             UserError: the tokenizer has neither.
         """
-        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+        for token_id in (*prefix_ids_of(self.tokenizer), self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
             if token_id is not None:
                 return int(token_id)
         raise UserError(

@@ -15,7 +15,7 @@ from adamoe_dist.model.parts import (
     reduction_group,
     replica_of,
 )
-from adamoe_dist.model.trainable import choose_trained
+from adamoe_dist.model.trainable import check_trainable, choose_trained
 
 __all__ = [
     "AdaMoELayer",
@@ -27,6 +27,7 @@ __all__ = [
     "RMSNorm",
     "build_model",
     "canonical_buffers",
+    "check_trainable",
     "choose_trained",
     "forget_logged_losses",
     "is_adapter",

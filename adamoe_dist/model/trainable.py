@@ -51,7 +51,7 @@ def choose_trained(model: LanguageModel, config: Config) -> str | None:
         add_adapters(model, lora, config.run.seed)
         names = _weights(model)
     assert patterns != "all"
-    _require_matches(patterns, sorted(set().union(*everyone)))
+    check_trainable(patterns, sorted(set().union(*everyone)))
     for name, parameters in names.items():
         for parameter in parameters:
             parameter.requires_grad_(is_adapter(name) or is_chosen(name, patterns))
@@ -68,22 +68,32 @@ def is_chosen(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for word in patterns for pattern in SHORTCUTS.get(word, (word,)))
 
 
+def check_trainable(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a shortcut or a pattern that matches none of a model's weights.
+
+    Args:
+        patterns: of ``finetune.trainable``.
+        names: canonical names of the weights.
+
+    Raises:
+        UserError: naming it, and what is near and matches.
+    """
+    for word in patterns:
+        if not any(is_chosen(name, [word]) for name in names):
+            usable = [shortcut for shortcut in SHORTCUTS if any(is_chosen(name, [shortcut]) for name in names)]
+            near = difflib.get_close_matches(word, [*usable, *names], n=_NAMES_SHOWN, cutoff=0.3)
+            raise UserError(
+                f"{KEY} names {word!r}, which matches no weight of the model; nearest: "
+                f"{', '.join(near or [*usable, names[0]])}"
+            )
+
+
 def _weights(model: LanguageModel) -> dict[str, list[torch.nn.Parameter]]:
     """Return the weights by canonical name; a tied copy goes with the embedding."""
     found: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in local_names(model):
         found.setdefault(EMBEDDING if is_tied_copy(parameter) else name, []).append(parameter)
     return found
-
-
-def _require_matches(patterns: Sequence[str], names: list[str]) -> None:
-    for word in patterns:
-        if not any(is_chosen(name, [word]) for name in names):
-            near = difflib.get_close_matches(word, [*SHORTCUTS, *names], n=_NAMES_SHOWN, cutoff=0.3)
-            raise UserError(
-                f"{KEY} names {word!r}, which matches no weight of the model; nearest: "
-                f"{', '.join(near or [*list(SHORTCUTS), names[0]])}"
-            )
 
 
 def _require_work_everywhere(trained: list[str]) -> None:

@@ -15,19 +15,18 @@ from adamoe_dist.errors import UserError
 from adamoe_dist.training.corpora import Corpora
 
 
-def keep_example_corpora(config: Config) -> list[str]:
-    """Cut the files of ``data.train`` and ``data.validation`` and keep their tokens in the run directory.
+def keep_example_corpora(config: Config, corpora: Corpora) -> list[str]:
+    """Keep the tokens of opened examples in the run directory, where every rank opens them.
 
     Returns:
         A line about each file.
-
-    Raises:
-        UserError: a file or a line of it cannot be used.
     """
-    tokenizer, notes = Tokenizer.load(config.data.tokenizer), []
-    for entry in [*config.data.train, *config.data.validation]:
-        counts = keep_examples(entry["path"], tokenizer, rules(config), cache(config)).counts
-        note = f"{entry['path']}: {counts.examples} examples"
+    notes = []
+    for samples in [*corpora.train.datasets, *corpora.validation]:
+        assert isinstance(samples, ExampleSamples)
+        keep_examples(samples.store, cache(config))
+        counts = samples.store.counts
+        note = f"{samples.prefix}: {counts.examples} examples"
         if counts.truncated or counts.skipped:
             note += f", {counts.truncated} of them truncated; {counts.skipped} skipped (finetune.too_long="
             note += f"{config.finetune.too_long}, model.sequence_length={config.model.sequence_length})"

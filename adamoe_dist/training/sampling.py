@@ -22,7 +22,8 @@ def sample_text(trainer: Trainer, tokenizer: Tokenizer, prompt: str, new_tokens:
     """
     trainer.engine.eval()
     generator = torch.Generator().manual_seed(trainer.config.run.seed + trainer.step)
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod_id]], device=trainer.device)
+    start = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] or [tokenizer.eod_id]
+    ids = torch.tensor([start], device=trainer.device)
     for _ in range(new_tokens):
         window = ids[:, -trainer.config.model.sequence_length :]
         scores_V = trainer.schedule.next_token_scores(window, tokenizer.vocab_size).cpu()

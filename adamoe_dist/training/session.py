@@ -93,14 +93,14 @@ def _keep(error: Exception) -> None:
 def _check_before_groups(config: Config, resolved: Resolved, task: Task, logs: Logs) -> Start | None:
     """Check all that files can answer, prepare what is missing, and return the checkpoint to start from, if any."""
     start = check_place(config)
-    notes = task.prepare(config)
+    task.prepare(config)
     corpora = task.open(config)
-    notes += check_start(config, resolved, start, corpora)
+    notes = check_start(config, resolved, start, corpora)
     remove_leftovers(checkpoint_root(config))
     create_run_directory(config)
     keep_tokenizer(config, corpora.tokenizer)
     logs.open_file(config.run_dir)
-    for note in notes:
+    for note in task.keep(config, corpora) + notes:
         logger.info("%s", note)
     return start
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from adamoe_dist import platform
-from adamoe_dist.config import Config, leaves
+from adamoe_dist.config import Config, flattened, leaves
 from adamoe_dist.errors import UserError
 
 TAKEN = ("model.", "moe.", "data.tokenizer")
@@ -26,6 +26,32 @@ def starting_checkpoint(config: Config) -> Path:
             "checkpoint.load_weights is not set; give the checkpoint that fine-tuning is to start from"
         )
     return start.path
+
+
+def check_trained_weights(source: Path, config: Config) -> None:
+    """Refuse a name in ``finetune.trainable`` that matches no weight of a checkpoint; no model is built.
+
+    Raises:
+        UserError: naming it.
+    """
+    from adamoe_dist.checkpoint import read_index
+    from adamoe_dist.model import check_trainable, is_adapter
+
+    trainable = config.finetune.trainable
+    if trainable != "all":
+        names = [key.removeprefix("model.") for key in read_index(source) if key.startswith("model.")]
+        check_trainable(trainable, sorted(name for name in names if not is_adapter(name)))
+
+
+def router_in_effect(config: Config) -> str:
+    """Return a line that lists the keys of ``moe.router`` that are not at their defaults, whoever set them."""
+    default = flattened(Config().to_dict())
+    changed = [
+        f"{key}={value}"
+        for key, value in flattened(config.to_dict()).items()
+        if key.startswith("moe.router.") and value != default[key]
+    ]
+    return f"moe.router is in effect with {', '.join(changed) or 'its defaults'}"
 
 
 def with_model_of(source: Path, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -18,7 +18,12 @@ from adamoe_dist.config import (
 from adamoe_dist.errors import UserError
 from adamoe_dist.training.corpora import Corpora, is_to_be_prepared, open_corpora, prepare_missing
 from adamoe_dist.training.example_corpora import keep_example_corpora, open_example_corpora
-from adamoe_dist.training.starting_point import starting_checkpoint, with_model_of
+from adamoe_dist.training.starting_point import (
+    check_trained_weights,
+    router_in_effect,
+    starting_checkpoint,
+    with_model_of,
+)
 
 _FROM_EPOCHS = ("train.steps", "moe.router.balance.anneal_steps")
 
@@ -33,8 +38,8 @@ class Task(Protocol):
             UserError: it cannot be read, or is not one that this command can run.
         """
 
-    def prepare(self, config: Config) -> list[str]:
-        """Make what the run reads and is missing, on one process only, and return what is to be said of it.
+    def prepare(self, config: Config) -> None:
+        """Make what the run reads and is missing, on one process only.
 
         Raises:
             UserError: it cannot be made.
@@ -54,6 +59,15 @@ class Task(Protocol):
             UserError: it cannot be opened or prepared, or keys contradict it.
         """
 
+    def keep(self, config: Config, corpora: Corpora) -> list[str]:
+        """Keep in the run directory what other ranks need to open the data, once nothing is left that may be refused.
+
+        On one process only.
+
+        Returns:
+            What is to be said of the run's model and data, a line each.
+        """
+
     def complete(self, config: Config) -> None:
         """Set the keys that follow from the data without preparing anything; for a run that is not started."""
 
@@ -67,10 +81,9 @@ class PreTraining:
         check_pre_training(config)
         return config
 
-    def prepare(self, config: Config) -> list[str]:
+    def prepare(self, config: Config) -> None:
         """See :class:`Task`."""
         prepare_missing(config)
-        return []
 
     def open(self, config: Config) -> Corpora:
         """See :class:`Task`."""
@@ -79,6 +92,10 @@ class PreTraining:
     def look(self, config: Config) -> Corpora | None:
         """See :class:`Task`."""
         return None if is_to_be_prepared(config) else open_corpora(config)
+
+    def keep(self, config: Config, corpora: Corpora) -> list[str]:
+        """See :class:`Task`."""
+        return []
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""
@@ -102,11 +119,11 @@ class FineTuning:
         values, self._notes = with_model_of(source, values)
         config = config_from_dict(values)
         check_fine_tuning(config)
+        check_trained_weights(source, config)
         return config
 
-    def prepare(self, config: Config) -> list[str]:
+    def prepare(self, config: Config) -> None:
         """See :class:`Task`."""
-        return self._notes + keep_example_corpora(config)
 
     def open(self, config: Config) -> Corpora:
         """See :class:`Task`."""
@@ -117,6 +134,10 @@ class FineTuning:
     def look(self, config: Config) -> Corpora | None:
         """See :class:`Task`."""
         return self.open(config)
+
+    def keep(self, config: Config, corpora: Corpora) -> list[str]:
+        """See :class:`Task`."""
+        return [*self._notes, router_in_effect(config), *keep_example_corpora(config, corpora)]
 
     def complete(self, config: Config) -> None:
         """See :class:`Task`."""

@@ -98,6 +98,39 @@ def test_weights_only(make: Make, tree: dict[str, Any]) -> None:
         check_compatible(path, tree, "abc", weights_only=True)
 
 
+def test_adapters_are_taken_as_they_are_or_merged(make: Make, tree: dict[str, Any]) -> None:
+    lora = tree["finetune"]["lora"]
+    plain = make(1)
+    lora.update(rank=8, alpha=4.0)
+    assert check_compatible(plain, tree, "abc", weights_only=True) == []
+    adapted = make(2)
+    assert check_compatible(adapted, tree, "abc", weights_only=True) == []
+    for key, value in (("alpha", 64.0), ("rank", 4), ("targets", ["attention"])):
+        changed = copy.deepcopy(tree)
+        changed["finetune"]["lora"][key] = value
+        with pytest.raises(UserError, match=rf"finetune\.lora\.{key} is .* here; set them as there, or .*rank=null"):
+            check_compatible(adapted, changed, "abc", weights_only=True)
+    lora.update(rank=None, alpha=64.0)
+    (note,) = check_compatible(adapted, tree, "abc", weights_only=True)
+    assert "adapters of rank 8" in note and str(adapted) in note
+
+
+def test_weights_of_megatrons_router_may_be_taken_by_adamoes(make: Make, tree: dict[str, Any]) -> None:
+    tree["moe"].update(num_null_experts=0, top_k=2)
+    adamoe = make(1)
+    tree["moe"]["router"]["type"] = "topk"
+    topk = make(2)
+    with pytest.raises(UserError, match=r"moe\.router\.type is adamoe there, topk here"):
+        check_compatible(adamoe, tree, "abc", weights_only=True)
+    tree["moe"]["router"]["type"] = "adamoe"
+    assert check_compatible(topk, tree, "abc", weights_only=True) == []
+    with pytest.raises(UserError, match=r"moe\.router\.type is topk there, adamoe here"):
+        check_compatible(topk, tree, "abc")
+    tree["moe"]["num_null_experts"] = 4
+    with pytest.raises(UserError, match=r"moe\.num_null_experts is 0 there, 4 here"):
+        check_compatible(topk, tree, "abc", weights_only=True)
+
+
 def test_a_target_load_is_fixed_on_resume_and_may_come_or_change_but_not_go_with_weights(
     make: Make, tree: dict[str, Any]
 ) -> None:

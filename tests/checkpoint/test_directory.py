@@ -81,6 +81,13 @@ def test_refused_paths(tmp_path: Path, make: Make) -> None:
         find_checkpoint(str(unfinished), tmp_path)
 
 
+def test_a_hugging_face_directory_is_to_be_imported(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"load_weights=.* is a Hugging Face directory; .*convert_checkpoint.py import"):
+        find_checkpoint(str(tmp_path), Path(), key="checkpoint.load_weights")
+
+
 def test_publish_replaces_and_points(tmp_path: Path, make: Make) -> None:
     old = make(5)
     (old / "extra").write_text("of the old one")

@@ -18,6 +18,13 @@ def test_round_trip_through_yaml(tmp_path) -> None:
     assert load_config(path) == config
 
 
+def test_one_text_is_a_list_of_one_and_all_is_all() -> None:
+    for given, meant in (("router", ["router"]), (["router"], ["router"]), ("all", "all"), (["all"], "all")):
+        assert config_from_dict({"finetune": {"trainable": given}}).finetune.trainable == meant
+    assert config_from_dict({"checkpoint": {"allow_changes": "schedule"}}).checkpoint.allow_changes == ["schedule"]
+    assert "must be" in refusal(lambda: config_from_dict({"finetune": {"trainable": 3}}))
+
+
 def test_overrides_are_yaml_and_apply_in_order(tmp_path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("train: {steps: 5}\n")

@@ -81,6 +81,8 @@ def test_refused_json(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     good = b'{"text": "good"}\n'
     assert f"{file}:2 is not JSON" in refusal(file, good + b"{bad\n")
+    assert f"{file}:2 is JSON that cannot be read (a number" in refusal(file, good + b"9" * 5000 + b"\n")
+    assert f"{file}:2 is JSON that cannot be read (values within" in refusal(file, good + b"[" * 100_000 + b"\n")
     assert f"{file}:2 has no key 'text' (its keys are body)" in refusal(file, good + b'{"body": "x"}\n')
     assert f"{file}:1 has no key 'text' (it is no object)" in refusal(file, b"[1]\n")
     assert "of type int, not a string" in refusal(file, b'{"text": 1}\n')

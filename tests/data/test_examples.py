@@ -26,6 +26,7 @@ class Letters:
     eod_id = EOD
     fingerprint = "letters"
     chat_template: str | None = None
+    prefix_ids: list[int] = []  # noqa: RUF012
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
@@ -80,6 +81,8 @@ CHAT = [
     ("line", "message"),
     [
         ("{", "is not JSON"),
+        ("9" * 5000, "is JSON that cannot be read .a number of too many digits"),
+        ("[" * 100_000, "is JSON that cannot be read .values within values too deep"),
         ("[1]", "is no JSON object"),
         ({"prompt": "a"}, "its keys are prompt"),
         ({"text": "a"}, 'needs the keys "prompt" and "completion", or "messages"'),
@@ -113,6 +116,14 @@ def test_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair("a", "b")).encode())[:-6])
     with pytest.raises(UserError, match="not a whole gzip file"):
         list(read_examples(tmp_path / "x.jsonl.gz"))
+    with pytest.raises(UserError, match="a directory; name a JSONL file"):
+        load_examples(str(tmp_path), Letters(), ExampleRules(17), tmp_path / "kept")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(pair("a", "b")) + "\n", encoding="utf-8-sig")
+    (example,) = read_examples(tmp_path / "x.jsonl")
+    assert isinstance(example, Completion) and example.completion == "b"
 
 
 def test_the_loss_is_of_completions_and_what_ends_them() -> None:
@@ -135,11 +146,27 @@ def test_conversations_without_a_template_are_plain() -> None:
 def test_conversations_go_through_the_tokenizers_template() -> None:
     tokens = tokens_of_example(Conversation(CHAT, "f:1"), Chat())
     assert tokens.ids == [*map(ord, "<system>be;<user>a?;<assistant>A;<user>b?;<assistant>B;"), EOD]
-    assert learnt(tokens, Chat()) == "A;B;"
+    assert learnt(tokens, Chat()) == "A;B;|"
     with pytest.raises(UserError, match=r"f:1 messages\[2\]: .*renders the messages before it otherwise"):
         tokens_of_example(Conversation(CHAT, "f:1"), Chat(is_stable=False))
     with pytest.raises(UserError, match=r"f:2: .* does not take its messages \(no tools here\)"):
         tokens_of_example(Conversation([{"role": "tool", "content": "x"}, CHAT[2]], "f:2"), Chat())
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_read_and_not_learnt() -> None:
+    class Begins(Letters):
+        prefix_ids = [2]  # noqa: RUF012
+
+    class BeginsChat(Chat):
+        prefix_ids = [2]  # noqa: RUF012
+
+    for example, text in ((Completion("ab", "cd", "f:1"), "abcd|"), (Conversation(CHAT[1:3], "f:1"), None)):
+        for on_all in (False, True):
+            plain, tokens = (tokens_of_example(example, kind(), on_all) for kind in (Letters, Begins))
+            assert tokens.ids == [2, *plain.ids] and tokens.targets == [False, *plain.targets]
+        assert text is None or learnt(tokens, Begins()) == text
+    conversation = Conversation(CHAT, "f:1")
+    assert tokens_of_example(conversation, BeginsChat()) == tokens_of_example(conversation, Chat())
 
 
 LINES = [pair("p" * (n % 5), "c" * (1 + n % 7)) for n in range(40)]
@@ -200,12 +227,23 @@ def test_what_is_kept_is_what_is_cut(tmp_path: Path) -> None:
     path, rules = write(tmp_path / "x.jsonl", LINES), ExampleRules(17)
     fresh = load_examples(path, Letters(), rules, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
-    keep_examples(path, Letters(), rules, tmp_path / "kept")
+    keep_examples(fresh, tmp_path / "kept")
     kept = load_examples(path, Letters(), rules, tmp_path / "kept")
     assert isinstance(kept.ids, np.memmap) and kept.fingerprint() == fresh.fingerprint()
     assert kept.counts == fresh.counts
     write(tmp_path / "x.jsonl", LINES[:-1])
     assert load_examples(path, Letters(), rules, tmp_path / "kept").counts.examples == 39
+
+
+def test_writing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    store = load_examples(write(tmp_path / "x.jsonl", LINES), Letters(), ExampleRules(17))
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        keep_examples(store, tmp_path / "kept")
+    assert not list((tmp_path / "kept").iterdir())
 
 
 def test_batches_resume_and_do_not_depend_on_the_cut(tmp_path: Path) -> None:

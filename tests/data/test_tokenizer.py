@@ -61,8 +61,9 @@ def test_text_without_line_ends_is_not_cut(tokenizer: Tokenizer, monkeypatch: py
 
 
 def test_ids(tokenizer: Tokenizer) -> None:
-    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eod_id}
-    assert len(special) == 3 and None not in special
+    special = {tokenizer.pad_id, tokenizer.eod_id}
+    assert len(special) == 2 and None not in special
+    assert tokenizer.bos_id is None and tokenizer.prefix_ids == [], "no text of training begins with one"
     ids = tokenizer.encode(words(3, 100) + "".join(NASTY))
     assert special.isdisjoint(ids)
     assert min(ids) >= 0 and max(ids) < tokenizer.vocab_size == 320

@@ -35,8 +35,19 @@ def test_ids_are_those_of_transformers_and_lose_nothing(bpe, bpe_dir, text):
 
 
 def test_ids_of_special_tokens(bpe):
-    assert (bpe.bos_id, bpe.eod_id, bpe.pad_id) == (0, 1, None)
+    assert (bpe.prefix_ids, bpe.bos_id, bpe.eod_id, bpe.pad_id) == ([], None, 1, None)
     assert bpe.vocab_size == 300 == max(bpe.hf.get_vocab().values()) + 1, "added tokens count"
+
+
+def test_what_is_put_before_every_text(tmp_path):
+    from tests.inference.tiny import save_tokenizer
+
+    save_tokenizer(tmp_path / "with", with_bos=True)
+    begins = Tokenizer.load(tmp_path / "with")
+    assert begins.prefix_ids == [begins.bos_id] == begins.hf.encode("") and begins.decode(begins.prefix_ids) == "<s>"
+    assert begins.bos_id not in begins.encode("The cat")
+    save_tokenizer(tmp_path / "without", with_bos=False)
+    assert Tokenizer.load(tmp_path / "without").prefix_ids == []
 
 
 def test_a_document_cannot_end_another_one(bpe):

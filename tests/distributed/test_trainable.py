@@ -121,8 +121,9 @@ def continue_from(changes, expert, root):
 def test_merged_adapters_give_the_same_logits(ranks_of, tmp_path):
     """The base model takes the merged weights; and adapters start anew on weights that have none."""
     (differences,) = ranks_of(1).run(merge_and_compare, LORA, tmp_path)
-    adapted_vs_base, merged_vs_adapted, fresh_vs_base = differences
+    adapted_vs_base, merged_vs_adapted, loaded_vs_adapted, fresh_vs_base = differences
     assert adapted_vs_base > 1e-2 and merged_vs_adapted < 1e-5 and fresh_vs_base == 0.0
+    assert loaded_vs_adapted < 1e-5, "a run without adapters takes them into its weights"
 
 
 def merge_and_compare(changes, root):
@@ -157,4 +158,27 @@ def merge_and_compare(changes, root):
         for name, part in parts.items():
             part.parameter.data.copy_(tensors[name])
         together = logits(run)
-    return [float((a - b).abs().max()) for a, b in ((adapted, base), (together, adapted), (fresh, base))]
+    with started(Layout(), seed=99) as run:
+        load_weights(path, run.engine)
+        loaded = logits(run)
+    pairs = ((adapted, base), (together, adapted), (loaded, adapted), (fresh, base))
+    return [float((a - b).abs().max()) for a, b in pairs]
+
+
+def test_weights_of_megatrons_router_give_the_same_loss_with_adamoes(ranks_of, tmp_path):
+    (losses,) = ranks_of(1).run(first_losses_of_both_routers, tmp_path)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def first_losses_of_both_routers(root):
+    from adamoe_dist.checkpoint import load_weights
+    from tests.distributed.checkpoint_checks import Layout, started
+
+    plain = {"moe": {"num_null_experts": 0, "top_k": 2, "router": {"type": "topk", "balance": {"type": "switch"}}}}
+    with started(Layout(changes=plain), seed=7) as run:
+        run.advance(range(2))
+        path = run.save(root, 2)
+        theirs = run.advance(range(2, 3)).losses
+    with started(Layout(changes=merged(plain, {"moe": {"router": {"type": "adamoe"}}})), seed=99) as run:
+        load_weights(path, run.engine)
+        return [*theirs, *run.advance(range(2, 3)).losses]

@@ -68,6 +68,8 @@ def test_the_model_is_the_checkpoints_and_the_length_follows_from_epochs(unbroke
     assert "model.*, moe.* and data.tokenizer are those of runs/model/checkpoints/iter_0000002" in log
     assert "but for: model.sequence_length, moe.router.balance.coefficient" in log
     assert f"train.jsonl: {EXAMPLES} examples" in log
+    in_effect = next(line for line in log.splitlines() if "moe.router is in effect with" in line)
+    assert "balance.anneal=step" in in_effect and "balance.anneal_steps=5" in in_effect
 
 
 def test_metrics_count_what_is_learnt_and_read(unbroken: Path) -> None:
@@ -129,6 +131,7 @@ def test_refusals(started: Path, here: Callable[..., Finished]) -> None:
     message = refused("train.steps=7")
     assert "train.steps=7 and finetune.epochs=2 contradict each other" in message and f"{STEPS} steps" in message
     assert "train.jsonl:1" in refused("model.sequence_length=8", "finetune.too_long=refuse")
+    assert "finetune.trainable names 'routr', which matches no weight" in refused("finetune.trainable=[routr]")
     assert "data.prepare.input=['x'] is for pre-training" in refused("data.prepare.input=[x]")
     topk = ["moe.router.type=topk", "moe.num_null_experts=0", "moe.router.balance.type=switch"]
     assert "moe.router.type=topk is Megatron's own router" in refused(*topk)
@@ -136,5 +139,26 @@ def test_refusals(started: Path, here: Callable[..., Finished]) -> None:
     assert "finetune.packing is set, and launch/pretrain.py does not read it" in refused(
         "finetune.epochs=null", "finetune.anneal_epochs=null", "finetune.packing=true", command=pretrain
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train=[{path: trian.jsonl, weight: 1}]"], "data trian.jsonl: no such file"),
+        (["data.validation=[{path: runs}]"], "data runs: a directory"),
+        (["data.validation=[{path: held_out.jsonl}, {path: bad.jsonl}]"], "bad.jsonl:1 is not JSON"),
+        (["train.steps=7"], "train.steps=7 and finetune.epochs=2 contradict each other"),
+    ],
+)
+def test_a_refused_run_leaves_nothing(
+    started: Path, here: Callable[..., Finished], arguments: list[str], message: str
+) -> None:
+    (started / "bad.jsonl").write_text("{\n")
+    done = here(*COMMON, "run.dir=runs/refused", *arguments)
+    assert done.returncode == 2 and len(done.errors) == 1 and message in done.errors[0], done.stderr
+    assert not (started / "runs" / "refused").exists()
+
+
+def test_another_model_is_refused(started: Path) -> None:
     done = run_command(fine_tuning(one_process(*COMMON, "moe.top_k=2", "run.dir=runs/other_k")), started)
     assert done.returncode == 2 and "moe.top_k is 3 there, 2 here" in done.errors[0]

@@ -1,5 +1,6 @@
 """Opening Hugging Face directories, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -26,6 +27,19 @@ def test_a_directory_is_opened_as_transformers_would(directories) -> None:
 @pytest.mark.parametrize(("family", "expected"), [("mixtral", 2), ("olmoe", 3), ("adamoe", 2), ("llama", None)])
 def test_the_reference_of_saved_products(opened_models, family: str, expected: int | None) -> None:
     assert opened_models[family].reference_top_k == expected
+
+
+def test_what_stands_before_a_text_is_what_training_put_there(opened_models, tmp_path) -> None:
+    from adamoe_dist.data import Document, Tokenizer, train_tokenizer
+    from adamoe_dist.hf import transformers_tokenizer
+
+    opened = opened_models["llama"]
+    assert opened.prefix_id == opened.tokenizer.bos_token_id == opened.tokenizer.encode("")[0]
+    train_tokenizer([Document("a small text, again and again " * 40, "x")], 280, tmp_path)
+    own = dataclasses.replace(opened, tokenizer=transformers_tokenizer(tmp_path))
+    assert own.tokenizer.bos_token_id is None and own.prefix_id == Tokenizer.load(tmp_path).eod_id
+    own.tokenizer.bos_token = "<s>"  # as in directories that name one and never put it anywhere
+    assert own.prefix_id == Tokenizer.load(tmp_path).eod_id
 
 
 def test_the_type_is_chosen(directories) -> None:
