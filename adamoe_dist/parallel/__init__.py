@@ -11,6 +11,7 @@ from adamoe_dist.parallel.groups import (
     expert_group_name,
     initialize_groups,
     nodes_of_ranks,
+    place_of_rank,
     replicas_group,
     stage_group,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "live_bytes",
     "nodes_of_ranks",
     "parameter_groups",
+    "place_of_rank",
     "replicas_group",
     "sigterm_as_exit",
     "stage_group",

@@ -89,6 +89,23 @@ def nodes_of_ranks(launch: Launch, device: torch.device) -> tuple[int, ...]:
     return tuple(nodes_R.tolist())
 
 
+def place_of_rank(launch: Launch, device: torch.device) -> str:
+    """Return in words where this rank runs, and which one it is in each of its groups."""
+    state = parallel_state
+    groups = {
+        "tensor": state.get_tensor_model_parallel_group(),
+        "pipeline": state.get_pipeline_model_parallel_group(),
+        "context": state.get_context_parallel_group(),
+        "data": state.get_data_parallel_group(),
+        "expert": state.get_expert_model_parallel_group(),
+        "expert-tensor": state.get_expert_tensor_parallel_group(),
+    }
+    named = [f"{name} {group.rank()} of {group.size()}" for name, group in groups.items() if group.size() > 1]
+    return ", ".join(
+        [f"rank {launch.rank} of {launch.world_size}: {socket.gethostname()}, process {os.getpid()}, {device}", *named]
+    )
+
+
 def register_expert_groups(layout: Layout) -> None:
     """Give DeepSpeed Megatron's expert groups: it has no way to ask for them, only these tables.
 

@@ -145,7 +145,7 @@ class _Watch:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         departure = self._describe(error)
         if departure.rank != 0 and departure.kind == SPOKEN and departure.details:  # rank 0 logs the verdict
-            logger.debug("error: %s\n%s", _line(departure), departure.details, extra={"is_own_error": True})
+            logger.debug("error: %s\n%s", _line(departure), departure.details, extra={"is_own": True})
         self.link.report(departure)
         self._decided.wait(2 * SETTLE_S)
         verdict = self._verdict or departure

@@ -1,4 +1,4 @@
-"""Where messages go: rank 0's console and ``log.txt``, a file of its own for each other rank that has something to say.
+"""Where messages go: rank 0's console and ``log.txt``, a file of its own for each other rank.
 
 ==================================  ====================  ==========================================
 message                             rank 0                other ranks
@@ -7,6 +7,7 @@ facts of the run                    console, ``log.txt``
 warnings                            console, ``log.txt``  ``logs/rank_0001.txt``
 errors                              console, ``log.txt``  console, ``logs/rank_0001.txt``
 libraries' warnings, each one once  console, ``log.txt``  ``logs/rank_0001.txt``
+where a rank runs, how it ended     ``log.txt``           ``logs/rank_0001.txt``
 tracebacks                          ``log.txt``           ``logs/rank_0001.txt``, of the rank's own
 ==================================  ====================  ==========================================
 
@@ -29,6 +30,9 @@ from adamoe_dist.launcher import Launch
 PACKAGE = "adamoe_dist"
 LONGEST_ON_CONSOLE = 240
 """Characters of a library's warning there."""
+
+OWN = {"is_own": True}
+"""The ``extra`` of a message that is of this rank alone: other ranks' files have it whatever its level."""
 
 _MOST_DISTINCT, _MOST_KEPT = 1000, 1000
 
@@ -83,7 +87,7 @@ class Logs:
                 logger.handlers, logger.propagate = others, True
 
     def open_file(self, run_dir: Path) -> None:
-        """Write this rank's file from now on, with what was kept for it; another rank's is made when it is needed."""
+        """Write this rank's file from now on, with what was kept for it."""
         self._file.open(rank_log(run_dir, self._launch.rank))
 
 
@@ -131,7 +135,7 @@ class _File(logging.Handler):
         self._target: _MadeWhenNeeded | None = None
 
     def open(self, path: Path) -> None:
-        """Write to ``path``; rank 0's file is made at once."""
+        """Write to ``path``; rank 0's file is made at once, another's with the first message."""
         self._target = _MadeWhenNeeded(path, is_made_now=self._rank == 0)
         for record in self._kept:
             self._target.emit(record)
@@ -139,7 +143,7 @@ class _File(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message, or keep it."""
-        if self._rank and record.levelno < logging.WARNING and not getattr(record, "is_own_error", False):
+        if self._rank and record.levelno < logging.WARNING and not getattr(record, "is_own", False):
             return
         if self._target is not None:
             self._target.emit(record)

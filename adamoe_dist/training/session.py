@@ -9,7 +9,7 @@ from adamoe_dist import platform
 from adamoe_dist.checkpoint import Start, remove_leftovers
 from adamoe_dist.config import Config, Resolved, is_allowed
 from adamoe_dist.data import BatchStream
-from adamoe_dist.errors import NumericalError, UserError, exit_code_of
+from adamoe_dist.errors import EXIT_BUG, NumericalError, UserError, exit_code_of
 from adamoe_dist.model import build_model, choose_trained
 from adamoe_dist.parallel import (
     Launch,
@@ -20,6 +20,7 @@ from adamoe_dist.parallel import (
     destroy_groups,
     initialize_groups,
     nodes_of_ranks,
+    place_of_rank,
     sigterm_as_exit,
     watch_ranks,
 )
@@ -28,7 +29,7 @@ from adamoe_dist.training.checkpointing import CheckpointWriter, restore
 from adamoe_dist.training.checks import check_place, check_start
 from adamoe_dist.training.display import ProgressBar
 from adamoe_dist.training.heartbeat import Heartbeat
-from adamoe_dist.training.logs import Logs
+from adamoe_dist.training.logs import OWN, Logs
 from adamoe_dist.training.loop import Trainer
 from adamoe_dist.training.profiling import StepProfiler
 from adamoe_dist.training.recorder import Recorder
@@ -159,20 +160,22 @@ def _train_in_groups(
     device = platform.device(launch.local_rank)
     trainer = Trainer(config, resolved, engine, built.model, batches, launch.rank, device, dtype, callbacks, progress)
     nodes = nodes_of_ranks(launch, device)
+    logger.debug("%s", place_of_rank(launch, device), extra=OWN)
     for line in start_report(config, resolved, corpora, built, nodes, speed):
         logger.info("%s", line)
     if trained is not None:
         logger.info("%s", trained)
     restore(trainer, start)
-    progress.step = trainer.step
+    progress.step, code = trainer.step, EXIT_BUG
     try:
         code = trainer.run()
-        progress.end(code)
         return code
     except BaseException as error:
-        progress.end(exit_code_of(error))
+        code = exit_code_of(error)
         raise
     finally:
+        progress.end(code)
+        logger.debug("rank %d ends after step %d with exit code %d", launch.rank, trainer.step, code, extra=OWN)
         if profiler is not None:
             profiler.close()
         bar.close()

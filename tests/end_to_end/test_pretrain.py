@@ -1,7 +1,9 @@
 """Whole runs of launch/pretrain.py under each launcher."""
 
 import json
+import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -141,8 +143,18 @@ def test_output_that_no_terminal_reads_is_plain_lines(unbroken) -> None:
     assert "Warning" not in shown
     warnings = [line for line in shown.splitlines() if "warning of" in line]
     assert len(warnings) == len(set(warnings)), "each once, from however many ranks"
-    of_rank_1 = [file.read_text() for file in run_dir.glob("logs/*")]
-    assert all(text.strip() for text in of_rank_1), "a file only where a rank had something to say"
+
+
+def test_each_rank_has_a_log_of_its_own(unbroken) -> None:
+    run_dir, _ = unbroken
+    assert [file.name for file in run_dir.glob("logs/*")] == ["rank_0001.txt"]
+    for rank, file in enumerate((run_dir / "log.txt", run_dir / "logs" / "rank_0001.txt")):
+        lines = [line.split(" ", 2)[2] for line in file.read_text().splitlines()]
+        host = re.escape(socket.gethostname())
+        place = rf"rank {rank} of 2: {host}, process \d+, cpu, data {rank} of 2, expert {rank} of 2"
+        (found,) = [line for line in lines if re.fullmatch(place, line)]
+        assert rank == 0 or found == lines[0]
+        assert f"rank {rank} ends after step 40 with exit code 0" in lines[-2:]
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(workspace, monkeypatch) -> None:

@@ -44,7 +44,7 @@ def test_another_rank_has_a_file_only_when_it_has_something_to_say(tmp_path, cap
         assert list(tmp_path.iterdir()) == []
         OURS.warning("my disk is slow")
         OURS.error("my disk is full")
-        OURS.debug("Traceback of mine", extra={"is_own_error": True})
+        OURS.debug("Traceback of mine", extra={"is_own": True})
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err == "rank 7: my disk is full\n"
     assert rank_log(tmp_path, 7) == tmp_path / "logs" / "rank_0007.txt"
