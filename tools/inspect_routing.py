@@ -1,11 +1,10 @@
 """Show which tokens of a text use many experts, and which are left to null experts: a page to read in a browser."""
 
 import argparse
-import os
 from pathlib import Path
 
 from adamoe_dist import platform
-from adamoe_dist.console import ToolParser, run_tool, say
+from adamoe_dist.console import ToolParser, check_output_file, run_tool, say
 from adamoe_dist.errors import UserError
 
 platform.prepare()
@@ -44,14 +43,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is None:
             continue
-        path = Path(value)
-        if path.is_dir():
-            raise UserError(f"--{name} {value} is a directory; name a file in it")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"--{name} {value}: its directory does not exist; make it first")
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise UserError(f"--{name} {value} cannot be written; choose another place")
-        if path.exists() and not options.overwrite:
+        check_output_file(f"--{name}", value)
+        if Path(value).exists() and not options.overwrite:
             raise UserError(f"--{name} {value} exists already; choose another name or add --overwrite")
     if options.png_dir is not None:
         _check_directory(Path(options.png_dir), options.overwrite)
