@@ -5,11 +5,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-from adamoe_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from adamoe_dist.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 _CLEAR_LINE = "\r\x1b[K"
 
@@ -83,8 +84,8 @@ def given_path(text: str) -> str:
 def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a tool's ``main(argv)`` and exit as the project promises.
 
-    Exit code 0 when it is done, 2 with one line for a refused input, 130 when interrupted; any other
-    exception is a bug and keeps its traceback (exit code 1).
+    Exit code 0 when it is done, 2 with one line for a refused input, 130 when interrupted, 141 without a word when
+    whoever read its output left; any other exception is a bug and keeps its traceback (exit code 1).
     """
     try:
         code = main(sys.argv[1:])
@@ -94,7 +95,59 @@ def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again, and be complained about, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     sys.exit(code or 0)
+
+
+def check_output_file(option: str, value: str | Path) -> None:
+    """Refuse a place where a file cannot be written, before there is anything to write.
+
+    Args:
+        option: what named it.
+        value: the place.
+
+    Raises:
+        UserError: it is a directory, its directory does not exist, or it may not be written.
+    """
+    path = Path(value)
+    directory = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{option} {value} is a directory; name a file in it")
+    if not directory.is_dir():
+        raise UserError(f"{option} {value}: its directory does not exist; make it first")
+    needed = [*([path] if path.exists() else []), *([] if _is_special(path) else [directory])]
+    if not all(os.access(place, os.W_OK) for place in needed):
+        raise UserError(f"{option} {value} cannot be written; choose another place")
+
+
+def write_whole(option: str, value: str | Path, text: str) -> None:
+    """Write a file that appears when it is whole; what was there stays until then.
+
+    Args:
+        option: what named it, for the refusal.
+        value: the place; what is no ordinary file (as ``/dev/stdout``) is written to directly.
+        text: what to write, in UTF-8.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(value).resolve()
+    unfinished = path if _is_special(path) else path.with_name(path.name + ".tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        if unfinished != path:
+            unfinished.replace(path)
+    except OSError as problem:
+        if unfinished != path:
+            unfinished.unlink(missing_ok=True)
+        raise UserError(f"{option} {value} cannot be written ({problem.strerror}); choose another place") from problem
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 def progress(total: float | None, unit: str, description: str) -> "tqdm[NoReturn]":

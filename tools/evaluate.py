@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 from adamoe_dist import platform
-from adamoe_dist.console import ToolParser, run_tool, say
+from adamoe_dist.console import ToolParser, check_output_file, run_tool, say, write_whole
 from adamoe_dist.data import iterate_documents
 from adamoe_dist.errors import UserError
 
@@ -20,13 +20,14 @@ from adamoe_dist.inference import (  # noqa: E402
     Evaluation,
     Inputs,
     Settings,
+    check_placement,
     check_windows,
     compare,
     evaluate,
+    items_as_lines,
     longest_input,
     open_model,
     read_items,
-    write_items,
 )
 
 
@@ -43,7 +44,7 @@ def _parser() -> ToolParser:
     parser.add_argument("--stride", type=int, metavar="S", help="tokens that each window scores; without it half of C")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences at a time")
     parser.add_argument("--reference-top-k", type=int, metavar="K", help="top-k that saved FLOPs are compared with")
-    parser.add_argument("--tokenizer", metavar="DIR", help="another tokenizer than the checkpoint's")
+    parser.add_argument("--tokenizer", metavar="DIR", help="another tokenizer, of --checkpoint only")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, or an accelerate map as balanced")
     parser.add_argument("--output", metavar="FILE.json", help="write everything there, each layer too")
@@ -58,6 +59,8 @@ def _parser() -> ToolParser:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.write_items is not None:
+        _check_write_items(options)
     if not options.tasks and not options.text:
         raise UserError("nothing to measure: give --tasks FILE.jsonl or --text FILE")
     if options.checkpoint is None and options.write_items is None:
@@ -66,18 +69,30 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if options.predictions is not None and not options.tasks:
+        raise UserError(f"--predictions {options.predictions} is about --tasks, which is missing; leave it out")
     for name in ("output", "predictions", "write_items"):
         value = getattr(options, name)
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise UserError(f"--{name.replace('_', '-')} {value}: its directory does not exist; make it first")
+        if value is not None:
+            check_output_file(f"--{name.replace('_', '-')}", value)
+    check_placement(options.dtype, options.device)
+
+
+def _check_write_items(options: argparse.Namespace) -> None:
+    """Refuse what says something about a model, since none is opened."""
+    if not options.tasks:
+        raise UserError(f"--write-items {options.write_items} brings --tasks into one layout; give --tasks FILE.jsonl")
+    for name in ("checkpoint", "baseline", "text", "output", "predictions", "json"):
+        if getattr(options, name):
+            raise UserError(f"--{name} does nothing beside --write-items, which opens no model; leave one of them out")
 
 
 def _read_inputs(options: argparse.Namespace) -> Inputs:
     tasks = {file: read_items(file, options.template, options.limit) for file in options.tasks}
     texts = {}
     for file in options.text:
-        documents = [(document.text, document.source) for document in iterate_documents([file], options.text_key)]
-        texts[file] = documents[: options.limit]
+        documents = itertools.islice(iterate_documents([file], options.text_key), options.limit)
+        texts[file] = [(document.text, document.source) for document in documents]
     return Inputs(tasks, texts)
 
 
@@ -92,14 +107,16 @@ def _measure(place: str, inputs: Inputs, settings: Settings, options: argparse.N
 
 def _write(options: argparse.Namespace, report: dict[str, Any], measured: dict[str, Evaluation]) -> None:
     if options.output is not None:
-        Path(options.output).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole("--output", options.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if options.predictions is not None:
-        with Path(options.predictions).open("w", encoding="utf-8") as stream:
-            for model, evaluation in measured.items():
-                for file, scores in evaluation.tasks.items():
-                    for score in scores:
-                        record = {"model": model, "task": file, **score.as_record()}
-                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        records = (
+            {"model": model, "task": file, **score.as_record()}
+            for model, evaluation in measured.items()
+            for file, scores in evaluation.tasks.items()
+            for score in scores
+        )
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_whole("--predictions", options.predictions, "".join(lines))
 
 
 def _show(title: str, report: dict[str, Any]) -> None:
@@ -162,14 +179,14 @@ def main(argv: list[str]) -> None:
     """Measure as the command line says."""
     options = _parser().parse_args(argv)
     _check(options)
-    inputs = _read_inputs(options)
     if options.write_items is not None:
-        items = [item for of_file in inputs.tasks.values() for item in of_file]
-        write_items(items, Path(options.write_items))
+        items = [item for of_file in _read_inputs(options).tasks.values() for item in of_file]
+        write_whole("--write-items", options.write_items, items_as_lines(items))
         say(f"{options.write_items}: {len(items)} items")
         return
     places = [options.checkpoint, *([options.baseline] if options.baseline else [])]
     context, stride = check_windows(min(map(longest_input, places)), options.context, options.stride)
+    inputs = _read_inputs(options)
     settings = Settings(options.batch_size, context, stride, options.reference_top_k)
     measured = {place: _measure(place, inputs, settings, options) for place in places}
     report: dict[str, Any] = {

@@ -23,6 +23,7 @@ from adamoe_dist.inference import (  # noqa: E402
     fit_conversation,
     generate,
     open_model,
+    require_unicode,
 )
 
 DEFAULTS = Sampling()
@@ -98,6 +99,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.interactive:
         return []
     if options.prompt is not None:
+        require_unicode(options.prompt, "--prompt")
         return [options.prompt]
     path = Path(options.prompt_file)
     try:
@@ -115,11 +117,12 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); mend or remove the line") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise UserError(f'{where} is no prompt; give a string, or {{"prompt": a string}}')
+    require_unicode(prompt, where)
     return prompt
 
 
@@ -129,9 +132,13 @@ def _typed_prompts() -> Iterator[str]:
         if sys.stdin.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 ({error}); convert it (iconv -t UTF-8)") from error
         if not line:
             return
+        require_unicode(line, "standard input")
         if line.strip():
             yield line.rstrip("\n")
 

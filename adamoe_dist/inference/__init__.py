@@ -11,8 +11,8 @@ from adamoe_dist.inference.generation import (
     fit_conversation,
     generate,
 )
-from adamoe_dist.inference.items import QUESTION_TEMPLATE, Item, read_items, write_items
-from adamoe_dist.inference.opening import OpenedModel, longest_input, open_model
+from adamoe_dist.inference.items import QUESTION_TEMPLATE, Item, items_as_lines, read_items, require_unicode
+from adamoe_dist.inference.opening import OpenedModel, check_placement, longest_input, open_model
 from adamoe_dist.inference.perplexity import check_windows, cut_document, score_documents, text_report
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Sample",
     "Sampling",
     "Settings",
+    "check_placement",
     "check_windows",
     "choices_report",
     "compare",
@@ -38,13 +39,14 @@ __all__ = [
     "evaluate",
     "fit_conversation",
     "generate",
+    "items_as_lines",
     "longest_input",
     "open_model",
     "read_items",
+    "require_unicode",
     "routers_of",
     "score_documents",
     "score_items",
     "text_report",
     "watch_routers",
-    "write_items",
 ]

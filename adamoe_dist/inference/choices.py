@@ -59,14 +59,15 @@ def encode_pair(tokenizer: Any, context: str, continuation: str, prefix_id: int)
     """Return the ids of a context and of its continuation, cut where lm-evaluation-harness cuts.
 
     Both together are encoded, and what exceeds the context's own encoding is the continuation; spaces at the context's
-    end go to the continuation, since tokens begin with spaces. An empty context is ``prefix_id``.
+    end go to the continuation, since tokens begin with spaces. A context
+    that is empty, or that the tokenizer drops, is ``prefix_id``.
     """
     bare, whole_text = context.rstrip(), context + continuation
-    if not bare:
+    before = tokenizer.encode(bare) if bare else []
+    if not before:
         ids = tokenizer.encode(whole_text, add_special_tokens=False)
         return ([prefix_id], ids) if ids[:1] != [prefix_id] else (ids[:1], ids[1:])
-    whole, before = tokenizer.encode(whole_text), tokenizer.encode(bare)
-    return before, whole[len(before) :]
+    return before, tokenizer.encode(whole_text)[len(before) :]
 
 
 def item_sequences(opened: OpenedModel, item: Item) -> list[TokenSequence]:

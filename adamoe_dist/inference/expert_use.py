@@ -1,6 +1,7 @@
 """Counts what the routers of a transformers model do with the tokens that it reads.
 
-Axes: B sequences, S positions, T = B x S tokens, E true experts, K selected slots, L = K + 1 loads from 0 to k.
+Axes: B sequences, S positions, T = B x S tokens, E true experts, A all experts (null ones last), K selected slots, L =
+K + 1 loads from 0 to k.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # Told by name, so that the copy of the classes that lies beside exported weights counts as well.
-ADAMOE_ROUTER, FAMILY_ROUTER = "AdaMoERouter", "TopKRouter"
+ADAMOE_ROUTER, FAMILY_ROUTER = "AdaMoERouter", "topkrouter"
 
 
 @dataclass(eq=False)
@@ -112,12 +113,17 @@ def watch_routers(model: Any, observe: Callable[[int, RouterChoice], None]) -> I
     """Call ``observe(the router's place among routers_of(model), its choice)`` whenever a router of ``model`` runs."""
     handles = []
     for place, (_, router) in enumerate(_routers(model)):
-        num_true = _sizes(router)[0]
+        num_true, num_null, _ = _sizes(router)
 
         def hook(
-            _module: nn.Module, _arguments: Any, output: Any, place: int = place, num_true: int = num_true
+            _module: nn.Module,
+            _arguments: Any,
+            output: Any,
+            place: int = place,
+            num_true: int = num_true,
+            num_null: int = num_null,
         ) -> None:
-            observe(place, _choice(output, num_true))
+            observe(place, _choice(output, num_true, num_null))
 
         handles.append(router.register_forward_hook(hook))
     try:
@@ -139,12 +145,12 @@ def count_experts(model: Any) -> Iterator[ExpertUse]:
 
 
 def _routers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return the routers by name: AdaMoE's, and those of transformers' families, which all end in TopKRouter."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith((ADAMOE_ROUTER, FAMILY_ROUTER))
-    ]
+    """Return the routers by name: AdaMoE's, and those of transformers' families (TopKRouter or TopkRouter)."""
+    return [(name, module) for name, module in model.named_modules() if _is_router(type(module).__name__)]
+
+
+def _is_router(kind: str) -> bool:
+    return kind == ADAMOE_ROUTER or kind.lower().endswith(FAMILY_ROUTER)
 
 
 def _sizes(router: Any) -> tuple[int, int, int]:
@@ -152,18 +158,20 @@ def _sizes(router: Any) -> tuple[int, int, int]:
     if type(router).__name__ == ADAMOE_ROUTER:
         config = router.config
         return int(config.num_experts), int(config.num_null_experts), int(config.num_experts_per_tok)
-    return int(router.num_experts), 0, int(router.top_k)
+    num_true = int(router.num_experts)
+    # LongCat-Flash's router scores "zero experts" behind the true ones.
+    return num_true, int(getattr(router, "n_routed_experts", num_true)) - num_true, int(router.top_k)
 
 
-def _choice(output: Any, num_true: int) -> RouterChoice:
-    """Return what a router's output says about each token."""
+def _choice(output: Any, num_true: int, num_null: int) -> RouterChoice:
+    """Return what a router's output says about each token; families' routers give logits, weights and indices."""
     if hasattr(output[1], "selected_TA"):
         return RouterChoice(output[1].selected_TA[:, :num_true], output[1].weights_TE)
     scores_TK, indices_TK = output[1], output[2]
-    none_TE = torch.zeros(indices_TK.shape[0], num_true, dtype=torch.bool, device=indices_TK.device)
+    none_TA = torch.zeros(indices_TK.shape[0], num_true + num_null, dtype=torch.bool, device=indices_TK.device)
     assert scores_TK.shape == indices_TK.shape, (scores_TK.shape, indices_TK.shape)
-    weights_TE = none_TE.to(scores_TK.dtype).scatter(1, indices_TK, scores_TK)
-    return RouterChoice(none_TE.scatter(1, indices_TK, True), weights_TE)
+    weights_TA = none_TA.to(scores_TK.dtype).scatter(1, indices_TK, scores_TK)
+    return RouterChoice(none_TA.scatter(1, indices_TK, True)[:, :num_true], weights_TA[:, :num_true])
 
 
 def _padded(counts_L: Tensor, length: int) -> Tensor:

@@ -12,6 +12,8 @@ from adamoe_dist.inference.expert_use import count_experts
 from adamoe_dist.inference.opening import OpenedModel, not_finite
 
 DEFAULT_NEW_TOKENS = 128
+SMALLEST = 1e-6
+"""Of what divides logits: they must stay finite."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,19 @@ class Sampling:
         """
         for name, is_good, wanted in (
             ("max-new-tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (the most likely token) or more"),
+            (
+                "temperature",
+                self.temperature == 0 or SMALLEST <= self.temperature < float("inf"),
+                f"0 (the most likely token), or {SMALLEST:g} or more",
+            ),
             ("top-k", self.top_k >= 0, "0 (off) or more"),
             ("top-p", 0 < self.top_p <= 1, "more than 0, up to 1 (off)"),
-            ("repetition-penalty", 0 < self.repetition_penalty < float("inf"), "more than 0; 1 is off"),
+            (
+                "repetition-penalty",
+                SMALLEST <= self.repetition_penalty <= 1 / SMALLEST,
+                f"{SMALLEST:g} to {1 / SMALLEST:g}; 1 is off",
+            ),
+            ("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits"),
             ("stop", all(self.stop), "a text that is not empty"),
         ):
             if not is_good:

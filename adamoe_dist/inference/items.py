@@ -64,11 +64,21 @@ def read_items(file: str | Path, template: str = QUESTION_TEMPLATE, limit: int |
     return items
 
 
-def write_items(items: list[Item], file: Path) -> None:
-    """Write items in this project's own layout, which lm-evaluation-harness reads with a few lines of YAML."""
-    with file.open("w", encoding="utf-8") as stream:
-        for item in items:
-            stream.write(json.dumps(item.as_record(), ensure_ascii=False) + "\n")
+def items_as_lines(items: list[Item]) -> str:
+    """Return items in this project's own layout, which lm-evaluation-harness reads with a few lines of YAML."""
+    return "".join(json.dumps(item.as_record(), ensure_ascii=False) + "\n" for item in items)
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Refuse text that is none: half of a surrogate pair, or bytes of a command line that are no UTF-8.
+
+    Raises:
+        UserError: naming ``what``.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has {text[error.start]!r} at {error.start}, which is no character; mend it") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -87,7 +97,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _item(line: str, where: str, template: str) -> Item:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); mend or remove the line") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is no object; each line must be {LAYOUTS}")
@@ -111,13 +121,19 @@ def _parts(record: dict[str, Any], where: str) -> tuple[Any, list[Any], list[str
         choices, question = question.get("choices"), question.get("stem")
     answer = record.get("answer", record.get("answerKey"))
     if isinstance(choices, dict):  # ARC as the hub has it
-        return question, choices.get("text", []), [str(label) for label in choices.get("label", [])], answer
+        return question, choices.get("text", []), _labels(choices.get("label", []), where), answer
     if not isinstance(choices, list):
         raise UserError(f"{where} has no list of choices (its keys are {', '.join(record)}); give {LAYOUTS}")
     if choices and all(isinstance(choice, dict) for choice in choices):
         labels = [str(choice.get("label")) for choice in choices]
         return question, [choice.get("text") for choice in choices], labels, answer
-    return question, choices, [str(label) for label in record.get("labels", [])], answer
+    return question, choices, _labels(record.get("labels", []), where), answer
+
+
+def _labels(labels: Any, where: str) -> list[str]:
+    if not isinstance(labels, list):
+        raise UserError(f"{where}: its labels are of type {type(labels).__name__}, not a list; mend the line")
+    return [str(label) for label in labels]
 
 
 def _check_choices(choices: Any, where: str) -> None:
@@ -126,6 +142,7 @@ def _check_choices(choices: Any, where: str) -> None:
     for choice in choices:
         if not isinstance(choice, str) or not choice.strip():
             raise UserError(f"{where}: choice {choice!r} is no text; mend or remove the line")
+        require_unicode(choice, f"{where}: choice {choice!r}")
 
 
 def _context(record: dict[str, Any], question: Any, where: str, template: str) -> str:
@@ -133,6 +150,7 @@ def _context(record: dict[str, Any], question: Any, where: str, template: str) -
     for name, text in (("question", question), ("context", context)):
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: its {name} is of type {type(text).__name__}, not a text; mend the line")
+        require_unicode(text or "", f"{where}: its {name}")
     if question is None:
         if context is None:
             raise UserError(f"{where} has neither question nor context (its keys are {', '.join(record)})")

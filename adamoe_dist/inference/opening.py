@@ -1,7 +1,9 @@
 """One way to open a model that is to be used: a Hugging Face directory, a checkpoint or a run directory."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ class OpenedModel:
     @property
     def context(self) -> int:
         """The longest sequence that the model was made for, in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT)
+        return _longest_of(self.model.config)
 
     @property
     def prefix_id(self) -> int:
@@ -87,7 +89,7 @@ def open_model(
     Raises:
         UserError: there is no model at ``path``, no tokenizer, or the two do not fit.
     """
-    _check_choices(dtype, device)
+    check_placement(dtype, device)
     given = _directory(path)
     if _is_hugging_face(given):
         return _open_hugging_face(given, dtype, device, tokenizer)
@@ -107,11 +109,16 @@ def longest_input(path: str | Path) -> int:
     """
     given = _directory(path)
     if _is_hugging_face(given):
-        return int(_read_hf_config(given).get("max_position_embeddings") or FALLBACK_CONTEXT)
+        return _longest_of(_read_hf_config(given))
     platform.prepare()
     from adamoe_dist.checkpoint import checkpoint_at, read_config
 
     return int(read_config(checkpoint_at(str(given), "--checkpoint"))["model"]["sequence_length"])
+
+
+def _longest_of(config: Any) -> int:
+    """Return the length that a transformers configuration names, whatever its family calls it."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT)
 
 
 def _directory(path: str | Path) -> Path:
@@ -123,7 +130,12 @@ def _directory(path: str | Path) -> Path:
     return given
 
 
-def _check_choices(dtype: str, device: str) -> None:
+def check_placement(dtype: str, device: str) -> None:
+    """Refuse a type of numbers or a device that is not known, or not here.
+
+    Raises:
+        UserError: naming the option.
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known; give auto, {', '.join(DTYPES)}")
     if device == "auto" or device in DEVICE_MAPS:
@@ -151,36 +163,89 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def _open_hugging_face(path: Path, dtype: str, device: str, tokenizer: str | None) -> OpenedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    # This registers AdaMoE's classes too, so that their copies in a directory are not run.
     from adamoe_dist.hf import transformers_tokenizer
 
     config = _read_hf_config(path)
     chosen = transformers_tokenizer(Path(tokenizer)) if tokenizer else _tokenizer_beside(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES.get(dtype, "auto"),
-            device_map=_placement(device),
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
+        with _transformers_at_error_level():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES.get(dtype, "auto"),
+                device_map=_placement(device),
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--checkpoint {path} does not fit into the GPU's memory; try --dtype bf16") from error
+    except RuntimeError as error:  # what transformers makes of several weights, as of a layer's experts
+        raise UserError(
+            f"--checkpoint {path}: weights are missing or have another shape than {HF_CONFIG} says, so that "
+            f"transformers cannot join them; export or fetch the model again ({str(error).partition('. ')[0]})"
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--checkpoint {path} cannot be opened by transformers: {error}") from error
-    return _finish(model, chosen, f"{path} ({config['model_type']})")
+    _require_all_weights(path, loaded)
+    return _finish(model, chosen, f"{path} ({config.model_type})")
 
 
-def _read_hf_config(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _transformers_at_error_level() -> Iterator[None]:
+    """Leave out transformers' table of what a directory lacks: the refusal says it in a line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _require_all_weights(path: Path, loaded: dict[str, Any]) -> None:
+    """Refuse a model with weights that were not read: they would be random numbers."""
+    missing, mismatched = sorted(loaded["missing_keys"]), sorted(loaded["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise UserError(
+            f"--checkpoint {path}: {len(mismatched)} weights have another shape than {HF_CONFIG} says, as {name}: "
+            f"{tuple(found)}, not {tuple(expected)}; export or fetch the model again"
+        )
+    if missing:
+        raise UserError(
+            f"--checkpoint {path}: {len(missing)} weights of the model are not in its files, as {missing[0]}; export "
+            "or fetch the model again"
+        )
+
+
+def _read_hf_config(path: Path) -> Any:
+    """Return the configuration as transformers reads it."""
+    # This registers AdaMoE's classes too, so that their copies in a directory are not run.
+    from transformers import AutoConfig
+
+    import adamoe_dist.hf  # noqa: F401
+
+    _require_model_type(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--checkpoint {path} cannot be opened by transformers: {error}") from error
+
+
+def _require_model_type(path: Path) -> None:
     try:
         config = json.loads((path / HF_CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path / HF_CONFIG} is not JSON ({error}); export the model again") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(
             f"{path / HF_CONFIG} names no model_type; give a checkpoint, a run directory or a Hugging Face directory"
         )
-    return config
 
 
 def _tokenizer_beside(path: Path) -> Any:
@@ -234,6 +299,7 @@ def _words(dtype: torch.dtype) -> str:
 
 def _reference_top_k(config: Any) -> int | None:
     """Return the rule of ``moe.reference_top_k``: as it was set, else top_k without null experts, else 2."""
+    config = config.get_text_config()
     given = getattr(config, "reference_top_k", None)
     if given is not None:
         return int(given)

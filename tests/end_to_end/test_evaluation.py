@@ -215,6 +215,25 @@ def test_every_command_of_the_document_was_run() -> None:
         ("evaluate.py --checkpoint exports/adaptive --text held_out.txt --context 65", "--context 65"),
         ("evaluate.py --checkpoint exports/adaptive --text held_out.txt --batch-size 0", "--batch-size 0"),
         ("evaluate.py --checkpoint exports/adaptive --text held_out.txt --output no/where.json", "does not exist"),
+        (
+            "evaluate.py --checkpoint exports/adaptive --text held_out.txt --output tasks",
+            "--output tasks is a directory",
+        ),
+        ("evaluate.py --checkpoint exports/adaptive --tasks questions.jsonl --predictions tasks", "is a directory"),
+        ("evaluate.py --checkpoint exports/adaptive --text held_out.txt --predictions p.jsonl", "is about --tasks"),
+        ("evaluate.py --checkpoint exports/adaptive --text none.txt --dtype int3", "--dtype int3"),
+        ("evaluate.py --text held_out.txt --write-items out.jsonl", "give --tasks"),
+        ("evaluate.py --tasks questions.jsonl --write-items tasks", "--write-items tasks is a directory"),
+        ("evaluate.py --tasks questions.jsonl --write-items o.jsonl --output o.json", "--output does nothing beside"),
+        (
+            "evaluate.py --tasks questions.jsonl --write-items o.jsonl --checkpoint exports/adaptive",
+            "--checkpoint does",
+        ),
+        ("generate.py --checkpoint exports/adaptive --prompt x --temperature 1e-40", "--temperature 1e-40"),
+        ("generate.py --checkpoint exports/adaptive --prompt x --repetition-penalty 1e-40", "--repetition-penalty 1e"),
+        ("generate.py --checkpoint exports/adaptive --prompt x --seed 99999999999999999999", "--seed 9999"),
+        ("generate.py --checkpoint exports/adaptive --prompt x\udcff", "--prompt has .* at 1, which is no character"),
+        ("generate.py --checkpoint exports/adaptive --prompt-file deep.jsonl", "deep.jsonl:1 is not JSON"),
         ("generate.py --checkpoint exports/adaptive", "one of the arguments --prompt"),
         ("generate.py --checkpoint exports/adaptive --prompt x --num-samples 0", "--num-samples 0"),
         ("generate.py --checkpoint exports/adaptive --prompt-file nowhere", "--prompt-file nowhere"),
@@ -223,6 +242,7 @@ def test_every_command_of_the_document_was_run() -> None:
 )
 def test_refusals(run, place, line: str, message: str) -> None:
     (place / "empty.txt").write_text("\n")
+    (place / "deep.jsonl").write_text("[" * 100_000)
     with pytest.raises(UserError, match=message):
         run(f"python tools/{line}")
 

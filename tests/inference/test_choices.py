@@ -71,6 +71,18 @@ def test_a_context_is_counted_once_and_each_choice_by_itself(opened_models, item
     assert use.report(2)["tokens"] == expected
 
 
+class Dropping:
+    """A tokenizer that has only letters, each its own id, and begins texts with nothing."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text if letter.isalpha()]
+
+
+def test_a_context_that_the_tokenizer_drops_is_an_empty_one() -> None:
+    assert encode_pair(Dropping(), "12!", " ab", prefix_id=1) == ([1], [97, 98])
+    assert encode_pair(Dropping(), "c!", " ab", prefix_id=1) == ([99], [97, 98])
+
+
 def test_a_long_context_loses_its_beginning(opened_models) -> None:
     opened = opened_models["mixtral"]
     long = Item("long", "house door " * 60, ("the mat", "blue"), 0)

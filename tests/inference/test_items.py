@@ -6,7 +6,7 @@ import json
 import pytest
 
 from adamoe_dist.errors import UserError
-from adamoe_dist.inference import read_items, write_items
+from adamoe_dist.inference import items_as_lines, read_items
 from tests.inference.tiny import QUESTIONS, write_lines
 
 ARC = {
@@ -53,7 +53,7 @@ def test_blank_lines_limits_compression_and_the_own_layout(tmp_path) -> None:
     file.write_bytes(gzip.compress("\n\n".join(map(json.dumps, QUESTIONS)).encode()))
     items = read_items(file)
     assert len(items) == 5 and read_items(file, limit=2) == items[:2]
-    write_items(items, tmp_path / "own.jsonl")
+    (tmp_path / "own.jsonl").write_text(items_as_lines(items), encoding="utf-8")
     assert read_items(tmp_path / "own.jsonl") == items
     assert read_items(file, "{question}?!")[0].context == "What colour is the sky??!"
 
@@ -72,6 +72,11 @@ def test_blank_lines_limits_compression_and_the_own_layout(tmp_path) -> None:
         ('{"question": "x", "choices": ["a", "b"], "answer": true}', "answer True names none"),
         ('{"question": "x", "choices": ["a", "b"]}', "answer None names none"),
         ('{"question": "x", "choices": ["a", "b"], "answer": "C"}', "answer 'C' names none"),
+        ('{"question": "x", "choices": ["a", "b"], "answer": ' + "9" * 5000 + "}", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"question": "x\\ud800", "choices": ["a", "b"], "answer": 0}', "its question has .* at 1, which is no"),
+        ('{"question": "x", "choices": ["a", "\\udc00"], "answer": 0}', "which is no character"),
+        ('{"question": "x", "choices": ["a", "b"], "labels": 1, "answer": 0}', "its labels are of type int"),
         ('{"question": "x", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "1"}', "labels A, B"),
     ],
 )

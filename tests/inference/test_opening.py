@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from adamoe_dist.errors import UserError
 from adamoe_dist.inference import count_experts, cut_document, longest_input, open_model, score_documents
@@ -101,6 +103,72 @@ def test_what_is_missing_is_named(tmp_path, directories, spoil, message: str) ->
     with pytest.raises(UserError, match=message) as refusal:
         open_model(spoil(copy))
     assert str(copy) in str(refusal.value)
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (Q_PROJ, None, f"1 weights of the model are not in its files, as {Q_PROJ}"),
+        (Q_PROJ, (3, 5), rf"1 weights have another shape .*, as {Q_PROJ}: \(3, 5\), not \(32, 32\)"),
+        (EXPERT, None, "weights are missing or have another shape"),
+        (EXPERT, (3, 5), "weights are missing or have another shape"),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(
+    tmp_path, directories, capfd, name: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directories["mixtral"], copy)
+    weights = load_file(copy / "model.safetensors")
+    del weights[name]
+    if shape is not None:
+        weights[name] = torch.zeros(shape)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=message) as refusal:
+        open_model(copy, device="cpu")
+    assert str(copy) in str(refusal.value) and "MISSING" not in capfd.readouterr().err
+
+
+def test_tied_weights_are_not_missing(tmp_path) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model = open_model(tmp_path, device="cpu").model
+    assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+def test_a_file_that_was_cut_is_refused(tmp_path, directories) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directories["mixtral"], copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot be opened by transformers"):
+        open_model(copy, device="cpu")
+
+
+@pytest.mark.parametrize("text_key", [None, "text_config"])
+def test_the_length_is_found_by_whatever_name(tmp_path, text_key: str | None) -> None:
+    """GPT-2 calls it n_positions; models of pictures and text nest it."""
+    if text_key is None:
+        tokenizer = save_tokenizer(tmp_path)
+        ids = {"bos_token_id": None, "eos_token_id": None}
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=1, n_head=2, **ids)
+        )
+        model.save_pretrained(tmp_path)
+        assert open_model(tmp_path, device="cpu").context == 48
+    else:
+        config = {"model_type": "llava", "text_config": {"model_type": "llama", "max_position_embeddings": 48}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert longest_input(tmp_path) == 48
 
 
 def test_foreign_code_is_not_run(tmp_path, directories) -> None:

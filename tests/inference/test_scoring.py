@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from adamoe_dist.errors import UserError
 from adamoe_dist.inference import count_experts
@@ -88,6 +89,40 @@ def test_each_named_token_is_counted_once_and_padding_never(opened_models, famil
     assert report["true_experts_per_token"] == pytest.approx(load)
     reference = 2 if family == "adamoe" else top_k
     assert report["expert_flops_saved"] == pytest.approx(1 - load / reference)
+
+
+@pytest.mark.parametrize(("family", "num_null"), [("DeepseekV3", 0), ("LongcatFlash", 3)])
+def test_routers_of_other_families_are_counted(family: str, num_null: int) -> None:
+    """They score in ways of their own: the reference are the indices that they return."""
+    shape = {
+        "vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 4,
+    }  # fmt: skip
+    own = {
+        "DeepseekV3": {
+            "num_hidden_layers": 1, "first_k_dense_replace": 0, "intermediate_size": 32, "moe_intermediate_size": 16,
+            "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        },
+        "LongcatFlash": {
+            "num_layers": 1, "zero_expert_num": 3, "moe_topk": 2, "head_dim": 4, "ffn_hidden_size": 32,
+            "expert_ffn_hidden_size": 16,
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**shape, **own[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    [router] = [one for name, one in model.named_modules() if type(one).__name__ == f"{family}TopkRouter"]
+    chosen: list[torch.Tensor] = []
+    router.register_forward_hook(lambda _module, _arguments, output: chosen.append(output[2]))
+    with count_experts(model) as use:
+        use.mask_BS = torch.ones(2, 9, dtype=torch.bool)
+        model(torch.arange(18).reshape(2, 9))
+    report = use.report(2)
+    true_slots = int((chosen[0] < 4).sum())
+    assert report["tokens"] == 18 and report["true_experts_per_token"] == pytest.approx(true_slots / 18)
+    assert report["null_share"] == pytest.approx(1 - true_slots / 36)
+    assert (true_slots < 36) == (num_null > 0)
+    assert report["layers"][0]["expert_counts"] == [int((chosen[0] == expert).sum()) for expert in range(4)]
 
 
 def test_nothing_is_counted_after_the_context(opened_models) -> None:
