@@ -43,7 +43,7 @@ def finish_export(
             settings = generation_settings(Tokenizer.load(plan.tokenizer), json.loads(plan.config_json)["vocab_size"])
             (directory / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         except UserError as problem:
-            notes.append(f"no {GENERATION} is in it: {problem}")
+            notes.append(f"{GENERATION} lacks the ids of the tokenizer: {problem}")
     _suppress_padding(directory / GENERATION, json.loads(plan.config_json))
     if (directory / CARD).exists() and not (directory / ORIGINAL_CARD).exists():
         (directory / CARD).rename(directory / ORIGINAL_CARD)
