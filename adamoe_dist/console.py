@@ -5,7 +5,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -100,54 +99,6 @@ def run_tool(main: Callable[[list[str]], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
     sys.exit(code or 0)
-
-
-def check_output_file(option: str, value: str | Path) -> None:
-    """Refuse a place where a file cannot be written, before there is anything to write.
-
-    Args:
-        option: what named it.
-        value: the place.
-
-    Raises:
-        UserError: it is a directory, its directory does not exist, or it may not be written.
-    """
-    path = Path(value)
-    directory = path.absolute().parent
-    if path.is_dir():
-        raise UserError(f"{option} {value} is a directory; name a file in it")
-    if not directory.is_dir():
-        raise UserError(f"{option} {value}: its directory does not exist; make it first")
-    needed = [*([path] if path.exists() else []), *([] if _is_special(path) else [directory])]
-    if not all(os.access(place, os.W_OK) for place in needed):
-        raise UserError(f"{option} {value} cannot be written; choose another place")
-
-
-def write_whole(option: str, value: str | Path, text: str) -> None:
-    """Write a file that appears when it is whole; what was there stays until then.
-
-    Args:
-        option: what named it, for the refusal.
-        value: the place; what is no ordinary file (as ``/dev/stdout``) is written to directly.
-        text: what to write, in UTF-8.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    path = Path(value).resolve()
-    unfinished = path if _is_special(path) else path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        if unfinished != path:
-            unfinished.replace(path)
-    except OSError as problem:
-        if unfinished != path:
-            unfinished.unlink(missing_ok=True)
-        raise UserError(f"{option} {value} cannot be written ({problem.strerror}); choose another place") from problem
-
-
-def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()
 
 
 def progress(total: float | None, unit: str, description: str) -> "tqdm[NoReturn]":

@@ -4,8 +4,10 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from adamoe_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,86 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def check_output_files(
+    files: Iterable[tuple[str, Path]], overwrite: bool = True, others: Iterable[tuple[str, Path]] = ()
+) -> None:
+    """Refuse places where :func:`write_files` could not write, before there is anything to write.
+
+    Args:
+        files: the option that named it, and the place, of each file.
+        overwrite: whether a file that is there may be replaced.
+        others: further places, as of inputs, that none of the files may be.
+
+    Raises:
+        UserError: one is a directory, in none, may not be written, is there, or is another one's place.
+    """
+    taken = list(others)
+    for option, path in files:
+        _check_place(option, path, overwrite)
+        for other, place in taken:
+            if path.resolve() == place.resolve():
+                raise UserError(f"{option} {path} is {other} {place} as well; choose another place")
+        taken.append((option, path))
+
+
+def _check_place(option: str, path: Path, overwrite: bool) -> None:
+    target = path.resolve()
+    if target.is_dir():
+        raise UserError(f"{option} {path} is a directory; name a file in it")
+    if not target.parent.is_dir():
+        raise UserError(f"{option} {path}: its directory does not exist; make it first")
+    if target.exists() and not _is_special(target) and not overwrite:
+        raise UserError(f"{option} {path} exists already; choose another name or add --overwrite")
+    needed = [*([target] if target.exists() else []), *([] if _is_special(target) else [target.parent])]
+    if not all(os.access(place, os.W_OK) for place in needed):
+        raise UserError(f"{option} {path} cannot be written; choose another place")
+
+
+def write_files(files: Iterable[tuple[str, Path, bytes]]) -> None:
+    """Write files that appear when all of them are whole; what was in their places stays until then.
+
+    Args:
+        files: the option that named it, the place and the content of each; a link means what it points to, and what is
+            no ordinary file (as ``/dev/stdout``) is written to directly.
+
+    Raises:
+        UserError: one cannot be written; nothing is left of any.
+    """
+    unfinished: dict[Path, tuple[str, Path]] = {}
+    try:
+        for option, path, content in files:
+            target = path.resolve()
+            place = target if _is_special(target) else target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            if place != target:
+                unfinished[target] = option, place
+            with refusing(option, path):
+                place.write_bytes(content)
+        for target, (option, place) in unfinished.items():
+            with refusing(option, target):
+                place.replace(target)
+    finally:
+        for _, place in unfinished.values():
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def refusing(option: str, path: Path) -> Iterator[None]:
+    """Make a system's error about the place that an option names a refusal.
+
+    Raises:
+        UserError: in its place.
+    """
+    try:
+        yield
+    except OSError as problem:
+        raise UserError(f"{option} {path} cannot be written ({problem.strerror}); choose another place") from problem
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 class RecordFile:

@@ -17,8 +17,9 @@ from typing import Any
 
 from walkthrough_data import dense_model, fetch_model, fetch_questions
 
-from adamoe_dist.console import ToolParser, check_output_file, run_tool, say, write_whole
+from adamoe_dist.console import ToolParser, run_tool, say
 from adamoe_dist.errors import UserError
+from adamoe_dist.files import check_output_files, write_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOLS, LAUNCH = REPOSITORY / "tools", REPOSITORY / "launch"
@@ -167,7 +168,7 @@ def check(options: argparse.Namespace) -> None:
             if file is not None and not file.is_file():
                 raise UserError(f"--{name} {file} is not a file; give one that is there")
     if options.json:
-        check_output_file("--json", options.json)
+        check_output_files([("--json", options.json)])
 
 
 def keep_options(options: argparse.Namespace) -> None:
@@ -191,7 +192,7 @@ def keep_options(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} {given[name]}: {options.directory / made[0]} was made with {kept[name]}; "
                 "give another --directory"
             )
-    write_whole("--directory", file, json.dumps(given, indent=1) + "\n")
+    write_files([("--directory", file, (json.dumps(given, indent=1) + "\n").encode())])
 
 
 def main(argv: list[str]) -> None:
@@ -216,7 +217,7 @@ def main(argv: list[str]) -> None:
     for line in table(results):
         say(line)
     if options.json:
-        write_whole("--json", options.json, json.dumps(results, indent=1) + "\n")
+        write_files([("--json", options.json, (json.dumps(results, indent=1) + "\n").encode())])
 
 
 if __name__ == "__main__":

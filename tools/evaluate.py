@@ -5,12 +5,14 @@ import dataclasses
 import gc
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 from adamoe_dist import platform
-from adamoe_dist.console import ToolParser, check_output_file, run_tool, say, write_whole
+from adamoe_dist.console import ToolParser, run_tool, say
 from adamoe_dist.data import iterate_documents
 from adamoe_dist.errors import UserError
+from adamoe_dist.files import check_output_files, write_files
 
 platform.prepare()
 
@@ -71,10 +73,10 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if options.predictions is not None and not options.tasks:
         raise UserError(f"--predictions {options.predictions} is about --tasks, which is missing; leave it out")
-    for name in ("output", "predictions", "write_items"):
-        value = getattr(options, name)
-        if value is not None:
-            check_output_file(f"--{name.replace('_', '-')}", value)
+    given = (
+        (f"--{name.replace('_', '-')}", getattr(options, name)) for name in ("output", "predictions", "write_items")
+    )
+    check_output_files((option, Path(value)) for option, value in given if value is not None)
     check_placement(options.dtype, options.device)
 
 
@@ -106,8 +108,10 @@ def _measure(place: str, inputs: Inputs, settings: Settings, options: argparse.N
 
 
 def _write(options: argparse.Namespace, report: dict[str, Any], measured: dict[str, Evaluation]) -> None:
+    files = []
     if options.output is not None:
-        write_whole("--output", options.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        files.append(("--output", Path(options.output), _encoded(text)))
     if options.predictions is not None:
         records = (
             {"model": model, "task": file, **score.as_record()}
@@ -116,7 +120,13 @@ def _write(options: argparse.Namespace, report: dict[str, Any], measured: dict[s
             for score in scores
         )
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_whole("--predictions", options.predictions, "".join(lines))
+        files.append(("--predictions", Path(options.predictions), _encoded("".join(lines))))
+    write_files(files)
+
+
+def _encoded(text: str) -> bytes:
+    """Return UTF-8; what is no character, as in a file's name that is not UTF-8, becomes an escape of JSON."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _show(title: str, report: dict[str, Any]) -> None:
@@ -181,7 +191,7 @@ def main(argv: list[str]) -> None:
     _check(options)
     if options.write_items is not None:
         items = [item for of_file in _read_inputs(options).tasks.values() for item in of_file]
-        write_whole("--write-items", options.write_items, items_as_lines(items))
+        write_files([("--write-items", Path(options.write_items), _encoded(items_as_lines(items)))])
         say(f"{options.write_items}: {len(items)} items")
         return
     places = [options.checkpoint, *([options.baseline] if options.baseline else [])]

@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from adamoe_dist.config import Config, load_config, overridden_keys
 from adamoe_dist.console import ToolParser, progress, run_tool, say
 from adamoe_dist.errors import UserError
+from adamoe_dist.files import check_output_files, write_files
 from adamoe_dist.planning import (
     DEVICES,
     Assumptions,
@@ -21,7 +23,6 @@ from adamoe_dist.planning import (
     Space,
     as_json,
     assumption_lines,
-    check_outputs,
     config_text,
     count_layouts,
     make_plan,
@@ -36,7 +37,6 @@ from adamoe_dist.planning import (
     stages_as_json,
     sweep,
     sweep_table,
-    write_outputs,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +109,7 @@ def _outputs(options: argparse.Namespace) -> dict[str, Path]:
         raise UserError(f"{next(iter(paths))}: a sweep has no plan to write; add --search, or leave out --sweep")
     if options.write_slurm and not options.write_config:
         raise UserError(f"--write-slurm {options.write_slurm}: the job needs a configuration; add --write-config FILE")
-    check_outputs(paths, options.overwrite)
+    check_output_files(paths.items(), options.overwrite)
     return paths
 
 
@@ -248,11 +248,10 @@ def main(argv: list[str]) -> None:
         return
     if not plan.fits:
         raise UserError(shortage(plan))
-    texts = {options.write_config: config_text(plan)} if options.write_config else {}
+    texts = {"--write-config": config_text(plan)}
     if options.write_slurm:
-        texts[options.write_slurm] = slurm_text(plan, options.write_config, ROOT / "launch" / "slurm.sbatch")
-    if outputs:
-        write_outputs(texts)
+        texts["--write-slurm"] = slurm_text(plan, options.write_config, ROOT / "launch" / "slurm.sbatch")
+    write_files((option, path, os.fsencode(texts[option])) for option, path in outputs.items())
 
 
 if __name__ == "__main__":

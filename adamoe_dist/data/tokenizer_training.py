@@ -4,7 +4,6 @@ import hashlib
 import heapq
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from adamoe_dist.data.corpus import Document
 from adamoe_dist.data.outputs import refuse_existing, require_writable
 from adamoe_dist.data.tokenizer_sentencepiece import INFO_FILE, MODEL_FILE, SentencePieceTokenizer
 from adamoe_dist.errors import UserError
+from adamoe_dist.files import replacing
 
 DEFAULT_MAX_BYTES = 8_000_000
 DEFAULT_CHARACTER_COVERAGE = 0.9995
@@ -129,8 +129,9 @@ def train_tokenizer(
     )
     info = {**asdict(summary), "eod_id": tokenizer.eod_id, "model_type": "bpe", "options": asdict(options)}
     info_file.unlink(missing_ok=True)
-    _write_whole(model_file, model)
-    _write_whole(info_file, (json.dumps(info, indent=2) + "\n").encode())
+    for file, content in ((model_file, model), (info_file, (json.dumps(info, indent=2) + "\n").encode())):
+        with replacing(file) as unfinished:
+            unfinished.write_bytes(content)
     return summary
 
 
@@ -230,9 +231,3 @@ def _explained(message: str, options: TrainingOptions) -> Exception:
             f"give {too_small.group(1)} or more, or a smaller --character-coverage"
         )
     return RuntimeError(message)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adamoe_dist.errors import UserError
+from adamoe_dist.files import check_output_files, refusing, write_files
 from adamoe_dist.inspection.figures import is_figure
 
 
@@ -30,17 +31,15 @@ class Outputs:
         Raises:
             UserError: one is.
         """
-        for option, path in self._files():
-            _check_file(option, path, overwrite)
-        if self.png_dir is not None:
-            _check_directory(self.png_dir, overwrite)
-        taken = [("--text", Path(text)) for text in texts]
-        for option, path in [*self._files(), *([] if self.png_dir is None else [("--png-dir", self.png_dir)])]:
-            for other, place in taken:
-                if path.resolve() == place.resolve():
-                    raise UserError(f"{option} {path} is {other} {place} as well; choose another place")
-            taken.append((option, path))
-            if self.png_dir is not None and path.resolve().parent == self.png_dir.resolve() and is_figure(path):
+        inputs = [("--text", Path(text)) for text in texts]
+        check_output_files(self._files(), overwrite, inputs)
+        if self.png_dir is None:
+            return
+        _check_directory(self.png_dir, overwrite)
+        for option, path in [*inputs, *self._files()]:
+            if path.resolve() == self.png_dir.resolve():
+                raise UserError(f"--png-dir {self.png_dir} is {option} {path} as well; choose another place")
+            if path.resolve().parent == self.png_dir.resolve() and is_figure(path):
                 raise UserError(f"{option} {path} has the name of a picture of --png-dir; choose another")
 
     def write(self, page: str, numbers: str, pictures: dict[str, bytes]) -> list[Path]:
@@ -63,37 +62,17 @@ class Outputs:
             contents.append(("--json", self.json_file, numbers.encode("utf-8", "backslashreplace")))
         if self.png_dir is not None:
             contents += [("--png-dir", self.png_dir / f"{name}.png", data) for name, data in pictures.items()]
-        with _all_or_nothing(self.png_dir) as unfinished:
-            for option, path, content in contents:
-                with _refusing(option, path):
-                    target = path.resolve()
-                    unfinished[target] = target.with_name(f".{target.name}.unfinished")
-                    unfinished[target].write_bytes(content)
-            for option, path, _ in contents:
-                with _refusing(option, path):
-                    unfinished[path.resolve()].replace(path.resolve())
+        with _made(self.png_dir):
+            write_files(contents)
         if self.png_dir is not None:
             for path in self.png_dir.iterdir():
                 if is_figure(path) and path.stem not in pictures:
-                    with _refusing("--png-dir", path):
+                    with refusing("--png-dir", path):
                         path.unlink()
         return [path for _, path, _ in contents]
 
     def _files(self) -> list[tuple[str, Path]]:
         return [("--output", self.page), *([] if self.json_file is None else [("--json", self.json_file)])]
-
-
-def _check_file(option: str, path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a directory; name a file in it")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{option} {path} is a device or a pipe; name a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: its directory does not exist; make it first")
-    if not os.access(path.resolve().parent, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written; choose another place")
-    if path.exists() and not overwrite:
-        raise UserError(f"{option} {path} exists already; choose another name or add --overwrite")
 
 
 def _check_directory(path: Path, overwrite: bool) -> None:
@@ -107,27 +86,16 @@ def _check_directory(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _all_or_nothing(directory: Path | None) -> Iterator[dict[Path, Path]]:
-    """Make ``directory``; when what follows fails, take it away again, and the unfinished files by their targets."""
+def _made(directory: Path | None) -> Iterator[None]:
+    """Make ``directory``; when what follows fails, take away again what of it was not there."""
     made = [] if directory is None else [path for path in (directory, *directory.parents) if not path.exists()]
-    unfinished: dict[Path, Path] = {}
     try:
         if directory is not None:
-            with _refusing("--png-dir", directory):
+            with refusing("--png-dir", directory):
                 directory.mkdir(parents=True, exist_ok=True)
-        yield unfinished
+        yield
     except BaseException:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         raise
-
-
-@contextmanager
-def _refusing(option: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{option} {path} cannot be written ({error.strerror}); choose another place") from error

@@ -5,7 +5,7 @@ from adamoe_dist.planning.arithmetic import describe_run
 from adamoe_dist.planning.compute import flops_per_token, hardware_flops_per_token, layer_flops, output_flops
 from adamoe_dist.planning.hardware import DEVICES, Assumptions, Cluster, Device, find_device, read_assumptions
 from adamoe_dist.planning.memory import PeakMemory, RankMemory, peak_memory, rank_memory
-from adamoe_dist.planning.output import check_outputs, config_text, planned_config, slurm_text, write_outputs
+from adamoe_dist.planning.output import config_text, planned_config, slurm_text
 from adamoe_dist.planning.parameters import (
     Parameters,
     RankParameters,
@@ -54,7 +54,6 @@ __all__ = [
     "baseline",
     "calibrated",
     "chance_of_a_rank",
-    "check_outputs",
     "config_text",
     "count_layouts",
     "count_parameters",
@@ -90,5 +89,4 @@ __all__ = [
     "sweep",
     "sweep_table",
     "tokens_of_a_rank",
-    "write_outputs",
 ]

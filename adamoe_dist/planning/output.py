@@ -1,15 +1,12 @@
 """A plan as a configuration that can be trained and as a Slurm file that starts it."""
 
 import dataclasses
-import os
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adamoe_dist.config import Config
-from adamoe_dist.errors import UserError
 from adamoe_dist.planning.plan import Plan
 
 
@@ -52,52 +49,3 @@ def slurm_text(plan: Plan, config: Path, template: Path) -> str:
         line = lines[0] + value if value else ""
         text = re.sub(pattern, lambda _, line=line: line, text, flags=re.MULTILINE)  # type: ignore[misc]
     return text
-
-
-def check_outputs(paths: Mapping[str, Path], overwrite: bool) -> None:
-    """Refuse files that :func:`write_outputs` could not write.
-
-    Args:
-        paths: what is to be written, by the option that named it.
-        overwrite: replace files that are there.
-
-    Raises:
-        UserError: naming the option, the file and the way out.
-    """
-    seen: dict[Path, str] = {}
-    for option, path in paths.items():
-        target = path.resolve()
-        if target in seen:
-            raise UserError(f"{option} {path}: is the file of {seen[target]}, too; give another name")
-        seen[target] = option
-        if target.is_dir():
-            raise UserError(f"{option} {path}: is a directory; give the name of a file")
-        if target.exists() and not target.is_file():
-            raise UserError(f"{option} {path}: is no regular file; give another name")
-        if target.exists() and not overwrite:
-            raise UserError(f"{option} {path}: is there already; give another name or --overwrite")
-        if not target.parent.is_dir():
-            raise UserError(f"{option} {path}: there is no directory {target.parent}; make it or give another name")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{option} {path}: nothing can be written to {target.parent}; give another name")
-
-
-def write_outputs(texts: Mapping[Path, str]) -> None:
-    """Write files whole or not at all: none takes its name before all are written.
-
-    Raises:
-        UserError: one cannot be written.
-    """
-    unfinished: dict[Path, Path] = {}
-    try:
-        for path, text in texts.items():
-            target = path.resolve()
-            unfinished[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
-            unfinished[target].write_text(text, encoding="utf-8", errors="surrogateescape")
-        for target, partial in unfinished.items():
-            partial.replace(target)
-    except OSError as problem:
-        raise UserError(f"{problem.filename}: cannot be written ({problem.strerror}); give another name") from None
-    finally:
-        for partial in unfinished.values():
-            partial.unlink(missing_ok=True)

@@ -40,8 +40,7 @@ def analysis_of(layers=2, other=False):
         (("a", "pictures/../a"), r"--json pictures/../a is --output a as well"),
         (("a", None, "a"), r"--png-dir a is --output a as well"),
         (("pictures/expert_load.png", None, "pictures"), r"--output \S+ has the name of a picture of --png-dir"),
-        (("/dev/full",), r"--output /dev/full is a device or a pipe; name a file"),
-        (("a", "/dev/full"), r"--json /dev/full is a device or a pipe; name a file"),
+        (("a", "pictures"), r"--json pictures is a directory; name a file in it"),
         (("a", None, "text.txt/new"), r"--png-dir text.txt/new: \S+/text.txt cannot be written; choose another"),
     ],
 )
@@ -59,7 +58,7 @@ def test_a_file_that_cannot_be_written_leaves_all_as_it_was(place, monkeypatch):
 
     def write_bytes(path, data):
         write(path, data[:10])
-        if path.name.endswith("coactivation_layer_003.png.unfinished"):
+        if "coactivation_layer_003.png" in path.name:
             raise full
 
     monkeypatch.setattr(type(place), "write_bytes", write_bytes)

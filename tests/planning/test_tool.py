@@ -106,7 +106,7 @@ def test_no_metrics_are_refused(call: Call, tmp_path: Path, text: str, why: str)
 def test_files_are_refused_before_anything_is_planned_or_written(call: Call, tmp_path: Path) -> None:
     (tmp_path / "job").write_text("as it was")
     both: list[Any] = ["--write-config", "planned.yaml", "--write-slurm"]
-    assert "--write-slurm job: is there already" in refusal(call, *both, "job", "--memory-GiB", "0.01")
+    assert "--write-slurm job exists already" in refusal(call, *both, "job", "--memory-GiB", "0.01")
     assert "--write-slurm planned.yaml" in refusal(call, *both, "planned.yaml", "--overwrite", "--search")
     assert not (tmp_path / "planned.yaml").exists() and (tmp_path / "job").read_text() == "as it was"
     call(*both, "job", "--overwrite")
