@@ -53,8 +53,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     )
     prompts.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")
     parser.add_argument(
-        "--chat", action="store_true", help="make a conversation of it by the tokenizer's chat template"
+        "--chat",
+        action="store_true",
+        help="make a conversation of it by the tokenizer's chat template, or in the plain format of fine-tuning",
     )
+    parser.add_argument("--system", metavar="TEXT", help="what the system says at the beginning; with --chat")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +93,10 @@ def _sampling(options: argparse.Namespace) -> Sampling:
         stop=tuple(options.stop),
     )
     sampling.check()
+    if options.system is not None:
+        require_unicode(options.system, "--system")
+        if not options.chat:
+            raise UserError(f"--system {options.system!r} is part of a conversation; add --chat")
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples}: give 1 or more")
     return sampling
@@ -187,9 +194,13 @@ def _answer(
     return text
 
 
+def _beginning(options: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
 def _converse(opened: OpenedModel, sampling: Sampling, options: argparse.Namespace) -> None:
     """Answer line by line; a line that is refused does not end it."""
-    conversation: list[dict[str, str]] = []
+    conversation = _beginning(options)
     for prompt in _typed_prompts():
         try:
             if not options.chat:
@@ -212,12 +223,12 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     sampling, prompts = _sampling(options), _prompts(options)
     opened = open_model(options.checkpoint, options.dtype, options.device, options.tokenizer)
-    if options.chat:
-        encode_chat(opened, [{"role": "user", "content": ""}])  # refused here where there is no template
+    if options.chat and not opened.tokenizer.chat_template:
+        sys.stderr.write("note: the tokenizer has no chat template; the plain format of docs/finetuning.md is used\n")
     if options.interactive:
         _converse(opened, sampling, options)
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
+        messages = [*_beginning(options), {"role": "user", "content": prompt}]
         prompt_ids = encode_chat(opened, messages) if options.chat else encode_prompt(opened, prompt)
         _answer(opened, prompt, prompt_ids, sampling, options)
 

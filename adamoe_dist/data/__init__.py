@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from adamoe_dist.data.corpus import Document, corpus_bytes, iterate_documents, validate_inputs
     from adamoe_dist.data.example_samples import ExampleSamples
     from adamoe_dist.data.example_store import ExampleRules, keep_examples, load_examples
-    from adamoe_dist.data.example_tokens import tokens_of_example
-    from adamoe_dist.data.examples import read_examples
+    from adamoe_dist.data.example_tokens import PLAIN_TURN, plain_pieces, tokens_of_example
+    from adamoe_dist.data.examples import Conversation, read_examples
     from adamoe_dist.data.indexed import TokenDataset
     from adamoe_dist.data.micro_batch import MaskedSample, MicroBatch
     from adamoe_dist.data.prepare import PreparationSummary, prepare_corpus
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from adamoe_dist.data.tokenizer_training import TrainingSummary, train_tokenizer
 
 __all__ = [
+    "PLAIN_TURN",
     "STANDARD_LIBRARY",
     "TOKENIZER_FILES",
     "BatchStream",
     "BlendedSamples",
+    "Conversation",
     "Dataset",
     "Document",
     "ExampleRules",
@@ -47,6 +49,7 @@ __all__ = [
     "iterate_documents",
     "keep_examples",
     "load_examples",
+    "plain_pieces",
     "prefix_ids_of",
     "prepare_corpus",
     "read_examples",
@@ -63,8 +66,8 @@ _HOMES = {
     "corpus": ("Document", "corpus_bytes", "iterate_documents", "validate_inputs"),
     "example_samples": ("ExampleSamples",),
     "example_store": ("ExampleRules", "keep_examples", "load_examples"),
-    "example_tokens": ("tokens_of_example",),
-    "examples": ("read_examples",),
+    "example_tokens": ("PLAIN_TURN", "plain_pieces", "tokens_of_example"),
+    "examples": ("Conversation", "read_examples"),
     "indexed": ("TokenDataset",),
     "micro_batch": ("MaskedSample", "MicroBatch"),
     "prepare": ("PreparationSummary", "prepare_corpus"),

@@ -6,11 +6,15 @@ are, and ended by the end-of-document id. Of a conversation each message becomes
 ends with the end-of-document id, every other with a line break. ``assistant: `` counts as prompt.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from adamoe_dist.data.examples import PLAIN_ROLES, Completion, Conversation, Example
-from adamoe_dist.data.tokenizer import Tokenizer
+from adamoe_dist.data.tokenizer import Message, Tokenizer
 from adamoe_dist.errors import UserError
+
+PLAIN_TURN = "assistant: "
+"""What the assistant's turn begins with in the plain format."""
 
 
 class ExampleTokens(NamedTuple):
@@ -50,23 +54,37 @@ def _completion(example: Completion, tokenizer: Tokenizer) -> ExampleTokens:
 def _plain(example: Conversation, tokenizer: Tokenizer) -> ExampleTokens:
     ids: list[int] = []
     targets: list[bool] = []
-    for number, message in enumerate(example.messages):
+    for text, is_target in plain_pieces(example.messages, example.source):
+        piece = [tokenizer.eod_id] if text is None else tokenizer.encode(text)
+        ids += piece
+        targets += [is_target] * len(piece)
+    return ExampleTokens(ids, targets)
+
+
+def plain_pieces(messages: Sequence[Message], source: str) -> Iterator[tuple[str | None, bool]]:
+    """Yield what a conversation is in the plain format: texts, each to be cut by itself, and whether they are learnt.
+
+    Args:
+        messages: each with ``role`` and ``content``.
+        source: where they are from, for the refusal.
+
+    Yields:
+        A text, None for the end-of-document id, and whether the loss is of it.
+
+    Raises:
+        UserError: the format does not know a role.
+    """
+    for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role not in PLAIN_ROLES:
             raise UserError(
-                f"{example.source} messages[{number}] has role {role!r}, and the plain format of a tokenizer without "
-                f"chat template knows {', '.join(PLAIN_ROLES)}; mend or remove the line"
+                f"{source} messages[{number}] has role {role!r}, and the plain format of a tokenizer without chat "
+                f"template knows {', '.join(PLAIN_ROLES)}; mend or remove the line"
             )
-        is_learnt = role == "assistant"
-        parts = [(f"{role}: ", False), (content, True)] if is_learnt else [(f"{role}: {content}\n", False)]
-        for text, is_target in parts:
-            piece = tokenizer.encode(text)
-            ids += piece
-            targets += [is_target] * len(piece)
-        if is_learnt:
-            ids.append(tokenizer.eod_id)
-            targets.append(True)
-    return ExampleTokens(ids, targets)
+        if role == "assistant":
+            yield from ((PLAIN_TURN, False), (content, True), (None, True))
+        else:
+            yield f"{role}: {content}\n", False
 
 
 def _templated(example: Conversation, tokenizer: Tokenizer) -> ExampleTokens:

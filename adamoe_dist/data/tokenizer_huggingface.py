@@ -143,7 +143,7 @@ def prefix_ids_of(hf: Any) -> list[int]:
     """Return the ids that a tokenizer of transformers puts before every text by itself."""
     text = hf.encode("a", add_special_tokens=False)
     whole = hf.encode("a")
-    return next(whole[:start] for start in range(len(whole) + 1) if whole[start : start + len(text)] == text)
+    return next((whole[:start] for start in range(len(whole)) if whole[start : start + len(text)] == text), [])
 
 
 def _opened(directory: str, name: str) -> Any:

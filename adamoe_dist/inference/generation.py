@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from adamoe_dist.data import PLAIN_TURN, plain_pieces, prefix_ids_of
 from adamoe_dist.errors import UserError
 from adamoe_dist.inference.decoding import TextStream, find_stop, held_back
 from adamoe_dist.inference.expert_use import count_experts
@@ -94,15 +95,27 @@ def encode_prompt(opened: OpenedModel, prompt: str) -> list[int]:
 
 
 def encode_chat(opened: OpenedModel, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant begins, by the tokenizer's chat template.
+    """Return the ids of a conversation up to where the assistant begins.
+
+    They are the tokenizer's chat template's; without one those of the plain format, as fine-tuning makes them.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the plain format does not know a role.
     """
     if not opened.tokenizer.chat_template:
-        raise UserError(f"--chat: the tokenizer of {opened.description} has no chat template; leave out --chat")
+        return _plain_chat(opened, messages)
     encoded = opened.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def _plain_chat(opened: OpenedModel, messages: Sequence[dict[str, str]]) -> list[int]:
+    ids = prefix_ids_of(opened.tokenizer)
+    for text, _ in (*plain_pieces(messages, "the conversation's"), (PLAIN_TURN, False)):
+        if text is None:
+            ids.append(opened.tokenizer.eos_token_id)
+        else:
+            ids += opened.tokenizer.encode(text, add_special_tokens=False)
+    return ids
 
 
 def fit_conversation(
@@ -110,14 +123,15 @@ def fit_conversation(
 ) -> list[dict[str, str]]:  # fmt: skip
     """Return a conversation without as many of its first exchanges as leave no room for the answer.
 
-    Room is ``max_new_tokens``, else 128 tokens or half of what the model reads, whichever is less. The last message
-    stays, whether it fits or not.
+    Room is ``max_new_tokens``, else 128 tokens or half of what the model reads, whichever is less. What a system says
+    at the beginning stays, and so does the last message, whether it fits or not.
     """
-    kept = list(messages)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    kept = list(messages[len(system) :])
     wanted = sampling.max_new_tokens or min(DEFAULT_NEW_TOKENS, opened.context // 2)
-    while len(kept) > 1 and len(encode_chat(opened, kept)) + wanted > opened.context:
+    while len(kept) > 1 and len(encode_chat(opened, [*system, *kept])) + wanted > opened.context:
         kept = kept[2:]
-    return kept
+    return [*system, *kept]
 
 
 def generate(

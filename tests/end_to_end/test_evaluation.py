@@ -237,7 +237,7 @@ def test_every_command_of_the_document_was_run() -> None:
         ("generate.py --checkpoint exports/adaptive", "one of the arguments --prompt"),
         ("generate.py --checkpoint exports/adaptive --prompt x --num-samples 0", "--num-samples 0"),
         ("generate.py --checkpoint exports/adaptive --prompt-file nowhere", "--prompt-file nowhere"),
-        ("generate.py --checkpoint exports/vanilla --prompt x --chat", "no chat template"),
+        ("generate.py --checkpoint exports/vanilla --prompt x --system y", "--system 'y' is part of a conversation"),
     ],
 )
 def test_refusals(run, place, line: str, message: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adamoe_dist.data import Document, train_tokenizer
+from adamoe_dist.data import Conversation, Document, Tokenizer, tokens_of_example, train_tokenizer
 from adamoe_dist.errors import UserError
 from adamoe_dist.hf import transformers_tokenizer
 from adamoe_dist.inference import (
@@ -150,16 +150,29 @@ def test_an_empty_prompt_begins_a_text(opened_models) -> None:
         assert run(opened, prompt="", temperature=0, max_new_tokens=4)[0].prompt_tokens == 1
 
 
-def test_a_conversation_needs_a_template(opened_models, tmp_path) -> None:
+def test_a_conversation_without_a_template_is_that_of_fine_tuning(opened_models, tmp_path) -> None:
+    opened = opened_models["mixtral"]
+    opened.tokenizer.save_pretrained(tmp_path)
+    said = [("system", "Be short."), ("user", "Is it blue?"), ("assistant", "yes"), ("user", "And red?")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    answered = Conversation([*messages, {"role": "assistant", "content": "no"}], "here")
+    learnt, targets = tokens_of_example(answered, Tokenizer.load(tmp_path))
+    ids = encode_chat(opened, messages)
+    assert learnt[: len(ids)] == ids
+    assert all(targets[len(ids) :]) and not targets[len(ids) - 1], "the answer begins there"
+
+
+def test_a_conversation_by_the_template(tmp_path) -> None:
     messages = [{"role": "user", "content": "blue?"}]
-    with pytest.raises(UserError, match="no chat template"):
-        encode_chat(opened_models["mixtral"], messages)
     chatty = open_model(save_model(tmp_path, "adamoe", with_bos=False, with_chat=True))
     ids = encode_chat(chatty, messages)
     assert chatty.tokenizer.decode(ids) == "<user>blue?\n<assistant>"
     exchange = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
     sampling = Sampling(max_new_tokens=8)
     assert fit_conversation(chatty, messages, sampling) == messages
+    system = [{"role": "system", "content": "be kind"}]
+    begun = fit_conversation(chatty, [*system, *exchange * 9, *messages], sampling)
+    assert begun == [*system, *exchange * ((len(begun) - 2) // 2), *messages] and len(begun) < 20
     kept = fit_conversation(chatty, [*exchange * 9, *messages], sampling)
     assert kept == [*exchange * ((len(kept) - 1) // 2), *messages] and 1 < len(kept) < 19
     assert len(encode_chat(chatty, kept)) + 8 <= CONTEXT < len(encode_chat(chatty, [*exchange, *kept])) + 8
