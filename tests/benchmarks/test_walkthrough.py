@@ -1,12 +1,16 @@
 """The walkthrough from a GGUF file to an evaluated AdaMoE model, in small, stopped and continued."""
 
+import contextlib
 import importlib
 import json
+import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import yaml
 from transformers import AutoConfig
 
 from adamoe_dist.errors import UserError
-from tests.benchmarks.commands import REPOSITORY, benchmark
+from tests.benchmarks.commands import REPOSITORY, benchmark, environment
 from tests.benchmarks.tiny_gguf import write_gguf
 
 COLOURS = ("red", "blue", "green", "white", "black")
@@ -24,7 +28,10 @@ KEYS = (
     "monitor.log_interval=1",
     "train.global_batch_size=8",
     "optimizer.learning_rate=0.01",
+    "finetune.epochs=8",
+    "checkpoint.interval=2",
 )
+STEPS = 32
 
 
 def question(number: int, draws: random.Random) -> dict[str, Any]:
@@ -44,21 +51,44 @@ def inputs(tmp_path_factory) -> Path:
     return directory
 
 
-def walk(inputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def options_of(inputs: Path) -> list[str]:
     given = ["--gguf", inputs / "tiny.gguf", "--train", inputs / "train.jsonl", "--tests", inputs / "test.jsonl"]
-    return benchmark(
-        "walkthrough.py", "--directory", str(inputs / "out"), *map(str, given), *more, "--set", *KEYS, timeout_s=900
-    )
+    return ["--directory", str(inputs / "out"), *map(str, given), "--set", *KEYS]
+
+
+def kill_in_training(inputs: Path) -> int:
+    """Start it, kill all its processes once a checkpoint is there, and return the last step that was recorded."""
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "walkthrough.py"), *options_of(inputs)]
+    run, end = inputs / "out" / "run_top2", time.monotonic() + 600
+    walking = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL)
+    try:
+        while not (run / "checkpoints" / "latest_checkpointed_iteration.txt").exists():
+            assert walking.poll() is None and time.monotonic() < end, "no checkpoint was written"
+            time.sleep(0.01)
+    finally:
+        for process in (path.parent for path in Path("/proc").glob("[0-9]*/cmdline")):
+            with contextlib.suppress(OSError):
+                if str(inputs).encode() in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+        walking.wait()
+    return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+
+
+def walk(inputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return benchmark("walkthrough.py", *more, *options_of(inputs), timeout_s=900)
 
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.distributed
 def test_from_gguf_to_a_table_and_continued(inputs):
-    first = walk(inputs, "--num-null-experts", "0")
-    assert first.returncode == 2 and len(first.stderr.split("error: ")) == 2, first.stderr[-2000:]
+    killed = kill_in_training(inputs)
     done = walk(inputs, "--json", str(inputs / "numbers.json"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "upcycle" not in done.stdout.split("finetune.py")[0], "what was done before is not done again"
+    log = (inputs / "out" / "run_top2" / "log.txt").read_text()
+    resumed = int(re.findall(r"continuing from \S+ after step (\d+)", log)[-1])
+    assert 0 < resumed <= killed < STEPS
     numbers = json.loads((inputs / "numbers.json").read_text())
     used = {name: result["checkpoint"]["tasks"] for name, result in numbers.items()}
     (top2,), (adamoe,) = ([task["expert_use"] for task in used[name].values()] for name in ("top2", "adamoe"))
@@ -67,8 +97,9 @@ def test_from_gguf_to_a_table_and_continued(inputs):
     config = json.loads((inputs / "out" / "adamoe" / "config.json").read_text())
     assert config["num_null_experts"] == 4 and config["auto_map"]
     for run in ("run_top2", "run_adamoe"):
-        losses = [json.loads(line)["lm_loss"] for line in (inputs / "out" / run / "metrics.jsonl").open()]
-        assert losses[-1] < losses[0]
+        records = [json.loads(line) for line in (inputs / "out" / run / "metrics.jsonl").open()]
+        assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "each once"
+        assert records[-1]["lm_loss"] < records[0]["lm_loss"]
     assert done.stdout.count("| adamoe | test (16) |") == 1
     again = walk(inputs)
     assert again.returncode == 0 and "== " not in again.stdout
