@@ -125,7 +125,7 @@ class Rehearsal:
             monkeypatch.setattr(self.program, name, stub)
 
     def run(self, *command: object) -> None:
-        words = [str(word).replace(f"{REPOSITORY}/", "").replace(sys.executable, "python") for word in command]
+        words = [str(word).replace(sys.executable, "python").replace(f"{REPOSITORY}/", "") for word in command]
         self.commands.append(words)
         if "--output" in words:
             tasks = words[words.index("--tasks") + 1 : words.index("--batch-size")]
