@@ -89,6 +89,7 @@ def test_the_card_has_what_a_text_showed_before_training(finished: Path) -> None
     assert f"| 0 | {first['true_experts_per_token']:.3f} | {first['null_share']:.3f} | " in card
 
 
+@pytest.mark.end_to_end
 def test_the_code_of_the_card_runs(finished: Path, tmp_path: Path) -> None:
     card = (finished / "out" / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]

@@ -330,6 +330,7 @@ def test_changed_files_and_weights_are_found(source: Path, tmp_path: Path) -> No
         plan_export(str(tmp_path / "out"))
 
 
+@pytest.mark.end_to_end
 def test_the_commands(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

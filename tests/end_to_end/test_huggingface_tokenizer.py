@@ -10,6 +10,8 @@ import torch
 from tests.data.hf_tokenizers import write_bpe
 from tests.end_to_end.conftest import REPOSITORY, metrics_of, one_process, run_command
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture(scope="module")
 def run(workspace) -> Path:

@@ -4,6 +4,8 @@ import pytest
 
 from tests.end_to_end.conftest import metrics_of, run_command, torchrun
 
+pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
+
 OPTIONS = [
     "moe.null_types.identity=2",
     "moe.null_types.constant=2",

@@ -218,6 +218,7 @@ def test_another_tokenizer_than_that_of_training_does_not_go_along(tmp_path):
         export(checkpoint, tmp_path / "out")
 
 
+@pytest.mark.end_to_end
 def test_the_tool_exports_and_verifies(tmp_path):
     checkpoint, _, _ = checkpoint_of(tmp_path, ALL)
     tool = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")

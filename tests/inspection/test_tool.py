@@ -38,6 +38,7 @@ def tool(place, monkeypatch):
     return inspect_routing.main
 
 
+@pytest.mark.end_to_end
 def test_everything_is_written(place, tool):
     arguments = [
         "--checkpoint",
