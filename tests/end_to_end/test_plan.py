@@ -70,6 +70,13 @@ def test_no_torch_is_loaded(workspace) -> None:
     assert done.returncode == 0, done.stderr
 
 
+EMPTY_PROCESS = (
+    "import resource\nfrom adamoe_dist import platform\nplatform.prepare()\nimport adamoe_dist.training.session\n"
+    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+)
+"""What a rank's process holds before it has a model, GiB: with a torch built for CUDA twice as much as without."""
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "band"), [(2, 0.02), pytest.param(4, 0.03, marks=pytest.mark.slow)])
 def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int, band: float) -> None:
@@ -88,10 +95,14 @@ def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int, band: float) -> No
     records = [record for record in metrics_of(run) if "dispatch_rows" in record]
     late = records[len(records) // 2 :]
     measured = {name: sum(r[name] for r in late) / len(late) for name in ("dispatch_rows", "dispatch_bytes")}
-    found = plan(workspace, "--gpus-per-node", str(ranks), "--measured", f"{run}/metrics.jsonl", "--json", *options)
+    empty = run_command([sys.executable, "-c", EMPTY_PROCESS], workspace)
+    overhead = ["--assume", f"memory_overhead_gib={empty.stdout.strip()}"]
+    measured_run = ["--measured", f"{run}/metrics.jsonl", *overhead, "--json"]
+    found = plan(workspace, *options, "--gpus-per-node", str(ranks), *measured_run)
     answer = json.loads(found.stdout)
     assert answer["dispatch_rows_other_node"] == 0
     assert answer["dispatch_rows_same_node"] == pytest.approx(measured["dispatch_rows"], rel=band)
     assert answer["dispatch_bytes"] == pytest.approx(measured["dispatch_bytes"], rel=band)
     last = metrics_of(run, drop=set())[-1]
-    assert answer["memory_gib"] == pytest.approx(last["memory_peak_gib"], rel=0.15)
+    # Of so small a model the process is most: this says that plan and metric are of the same thing.
+    assert answer["memory_gib"] == pytest.approx(last["memory_peak_gib"], rel=0.2)
