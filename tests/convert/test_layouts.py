@@ -41,8 +41,8 @@ WIDTH = 300
     [
         ("mixtral", {"tie_word_embeddings": True}),
         ("qwen2_moe", {}),
-        ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [2]}),
-        ("olmoe", {}),
+        pytest.param("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [2]}, marks=pytest.mark.slow),
+        pytest.param("olmoe", {}, marks=pytest.mark.slow),
         ("adamoe", {}),
     ],
 )

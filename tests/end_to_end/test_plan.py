@@ -105,4 +105,4 @@ def test_rows_of_a_run(workspace, tmp_path: Path, ranks: int, band: float) -> No
     assert answer["dispatch_bytes"] == pytest.approx(measured["dispatch_bytes"], rel=band)
     last = metrics_of(run, drop=set())[-1]
     # Of so small a model the process is most: this says that plan and metric are of the same thing.
-    assert answer["memory_gib"] == pytest.approx(last["memory_peak_gib"], rel=0.2)
+    assert answer["memory_gib"] == pytest.approx(last["memory_peak_gib"], rel=0.35)
