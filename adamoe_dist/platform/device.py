@@ -2,8 +2,6 @@
 
 import os
 import random
-import resource
-import sys
 import warnings
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 
 from adamoe_dist.errors import UserError
 from adamoe_dist.platform.determinism import choose_kernels
-from adamoe_dist.platform.host import keep_memory
+from adamoe_dist.platform.host import keep_memory, peak_resident_bytes
 from adamoe_dist.platform.megatron_cpu import install_stand_ins
 
 UNCONCERNED = (
@@ -100,8 +98,7 @@ def peak_memory_gib() -> float:
     """Return the peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
     if is_cuda():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_resident_bytes() / 2**30
 
 
 def gpu_name() -> str | None:

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import resource
+import sys
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
@@ -33,5 +35,21 @@ def available_bytes() -> int | None:
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        for line in (group / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):  # pages of files, given back where memory is short
+                used -= int(line.split()[1])
+        found.append(int((group / "memory.max").read_text()) - used)
     return min(found, default=None)
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory of this program that was resident at once.
+
+    Where the kernel does not say it, the most of this process: who started it may have been larger, and counts, too.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
