@@ -16,7 +16,7 @@ def tool(name: str, workspace: Path, *arguments: str) -> Finished:
 
 
 def test_imported_trained_and_back(workspace: Path) -> None:
-    """Its own tokenizer cuts the text; trained one step on one process, it is still a Mixtral, with its files."""
+    """Its own tokenizer cuts the text; trained a few steps on one process, it is still a Mixtral, with its files."""
     from transformers import AutoModelForCausalLM
 
     models.save(workspace / "mixtral", "mixtral", vocab_size=128)
@@ -28,7 +28,8 @@ def test_imported_trained_and_back(workspace: Path) -> None:
     settings = [
         "data.train=[{path: words_train}]",
         "model.sequence_length=32",
-        "train.steps=2",
+        "train.steps=8",
+        "optimizer.learning_rate=0.01",
         "train.global_batch_size=4",
         "train.precision=fp32",
         "monitor.log_interval=1",
@@ -36,7 +37,7 @@ def test_imported_trained_and_back(workspace: Path) -> None:
     ]
     trained = run_command(one_process("--config", "imported/config.yaml", *settings, "run.dir=runs/mixtral"), workspace)
     assert trained.returncode == 0, trained.stdout[-3000:] + trained.stderr[-3000:]
-    first, last = metrics_of(workspace / "runs" / "mixtral")
+    first, *_, last = metrics_of(workspace / "runs" / "mixtral")
     assert first["true_experts_per_token"] == 2.0 and last["lm_loss"] < first["lm_loss"]
     done = tool("convert_checkpoint.py", workspace, "export", "--from", "runs/mixtral", "--to", "back")
     assert done.returncode == 0 and "MixtralForCausalLM" in done.stdout, done.stderr
