@@ -4,6 +4,7 @@ from adamoe_dist.checkpoint.agreement import CheckpointError
 from adamoe_dist.checkpoint.compatibility import check_compatible, holds_weights_only, notes_on_cut
 from adamoe_dist.checkpoint.contents import checkpoint_at, describe_checkpoint
 from adamoe_dist.checkpoint.directory import (
+    SUBDIRECTORY,
     UNFINISHED,
     Retention,
     Start,
@@ -42,6 +43,7 @@ from adamoe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from adamoe_dist.checkpoint.weights_writer import WeightsWriter
 
 __all__ = [
+    "SUBDIRECTORY",
     "UNFINISHED",
     "CheckpointError",
     "CheckpointSaver",

@@ -9,8 +9,7 @@ from adamoe_dist.config import Config, load_config
 from adamoe_dist.data import read_info
 from adamoe_dist.errors import UserError
 
-CHECKPOINTS, RUN_CONFIG = "checkpoints", "config.yaml"
-METRICS, ROUTING, ENVIRONMENT = "metrics.jsonl", "routing.jsonl", "environment.json"
+RUN_CONFIG, METRICS, ROUTING, ENVIRONMENT = "config.yaml", "metrics.jsonl", "routing.jsonl", "environment.json"
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,11 @@ def run_of(checkpoint: Path, config: Config) -> Path | None:
         checkpoint: the checkpoint directory.
         config: of the checkpoint.
     """
+    from adamoe_dist.checkpoint import SUBDIRECTORY
     from adamoe_dist.convert import meaning
 
     root = checkpoint.absolute().parent
-    if root.name != CHECKPOINTS or not (root.parent / RUN_CONFIG).is_file():
+    if root.name != SUBDIRECTORY or not (root.parent / RUN_CONFIG).is_file():
         return None
     try:
         of_run = load_config(str(root.parent / RUN_CONFIG), [])

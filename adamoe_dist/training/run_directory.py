@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adamoe_dist import __version__
-from adamoe_dist.checkpoint import has_checkpoints
+from adamoe_dist.checkpoint import SUBDIRECTORY, has_checkpoints
 from adamoe_dist.config import Config
 from adamoe_dist.data import Tokenizer
 from adamoe_dist.errors import UserError
@@ -41,7 +41,7 @@ def check_run_directory(config: Config) -> None:
 
 def checkpoint_root(config: Config) -> Path:
     """Return where a run's checkpoints are."""
-    return config.run_dir / "checkpoints"
+    return config.run_dir / SUBDIRECTORY
 
 
 def create_run_directory(config: Config) -> None:
